@@ -1,0 +1,76 @@
+"""Make timm find plugin models by itself.
+
+PyTorch loads the entry points of the group `torch.backends` when it has been imported, and timm imports PyTorch before
+`timm.models`. `autoload`, declared there, waits for `timm.models` and then loads every entry point of the group
+`timm.models`: modules that register models when they are imported. Neither torch nor timm is imported here.
+"""
+import sys
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Optional, Sequence
+
+__all__ = ['autoload']
+
+TARGET = 'timm.models'
+_loaded = False
+
+
+def _load_plugins() -> None:
+    """Load the plugins once. One that fails costs a warning, never timm."""
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    for entry_point in entry_points(group=TARGET):
+        try:
+            entry_point.load()
+        except Exception as e:
+            warnings.warn(f'timm plugin {entry_point.name} ({entry_point.value}) could not be loaded: {e!r}', stacklevel=2)
+
+
+class _PluginLoader(Loader):
+    """The loader of `timm.models`, followed by the plugins."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> Optional[ModuleType]:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        _load_plugins()
+
+
+class _PluginFinder(MetaPathFinder):
+    """Watches for the import of `timm.models`, once."""
+
+    def find_spec(
+            self,
+            fullname: str,
+            path: Optional[Sequence[str]],
+            target: Optional[ModuleType] = None,
+    ) -> Optional[ModuleSpec]:
+        if fullname != TARGET:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _PluginLoader(spec.loader)
+        return spec
+
+
+def autoload() -> None:
+    """Load the plugins as soon as timm can take them: at once if `timm.models` is imported, else when it is."""
+    if TARGET in sys.modules:
+        _load_plugins()
+    elif not any(isinstance(finder, _PluginFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PluginFinder())

@@ -1,0 +1,396 @@
+"""Evo-DeiT - DeiT with slow-fast token evolution
+
+Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390
+
+Yifan Xu, Zhijie Zhang, Mengdan Zhang, Kekai Sheng, Ke Li, Weiming Dong, Liqing Zhang, Changsheng Xu, Xing Sun.
+"""
+from copy import deepcopy
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Attention
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Block, VisionTransformer
+
+from . import evolution, training
+from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
+
+__all__ = ['EvoVisionTransformer']  # register_model will add each entrypoint fn to this
+
+
+class EvoAttention(Attention):
+    """timm's Attention, which can also return class attention."""
+
+    def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Self-attention and, beside it, class attention.
+
+        Args:
+            x: Tokens (B, N, C), the class token first.
+
+        Returns:
+            Output (B, N, C), class attention over all tokens (B, N).
+        """
+        B, N, _ = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        row = evolution.class_attention(q, k, self.scale)
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
+        else:
+            x = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        x = self.norm(x.transpose(1, 2).reshape(B, N, -1))
+        return self.proj_drop(self.proj(x)), row
+
+
+class EvoBlock(Block):
+    """timm's Block, which can also return the class attention of its attention layer."""
+
+    def forward(self, x: torch.Tensor, class_attention: bool = False):
+        """
+        Args:
+            x: Tokens (B, N, C), the class token first.
+            class_attention: Return class attention over all tokens, (B, N), beside the tokens.
+        """
+        if class_attention and not torch.jit.is_scripting():
+            return self.forward_class_attention(x)
+        return self._residual(x, self.attn(self.norm1(x)))
+
+    def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The same, with class attention, for TorchScript."""
+        attn, row = self.attn.forward_class_attention(self.norm1(x))
+        return self._residual(x, attn), row
+
+    def _residual(self, x: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path1(self.ls1(attn))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class EvoVisionTransformer(VisionTransformer):
+    """Vision Transformer with slow-fast token evolution.
+
+    Class attention tells informative patches from placeholders. Informative patches go through the blocks,
+    placeholders wait or are updated by one representative token; at the end of every stage the patch grid is complete.
+    Attention masks are not taken: they could not follow the selected tokens.
+    """
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            patch_size: Union[int, Tuple[int, int]] = 16,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            *,
+            keep_ratio: Union[float, Sequence[float]] = 0.5,
+            stages: Optional[Sequence[int]] = None,
+            tradeoff: Optional[Union[float, Sequence[float]]] = None,
+            selection: str = 'stage',
+            representative_token: bool = False,
+            assisted_cls: bool = True,
+            **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            img_size: Input image size.
+            patch_size: Patch size.
+            in_chans: Number of image input channels.
+            num_classes: Number of classes for classification head.
+            global_pool: Type of global pooling for final sequence, 'avg' in the paper.
+            keep_ratio: Ratio of informative patches in (0, 1], one for all evolution stages or one per stage.
+            stages: First block of each evolution stage, ascending. Default: a first third of the blocks sees all
+                tokens, then two equal stages, which is (4, 8) for 12 blocks.
+            tradeoff: Weight in [0, 1] of a block's class attention in the global class attention, one for all blocks
+                or one per block. Default: 1 before the first stage, 0.5 after.
+            selection: When informative patches are selected anew, at each 'stage' or before each 'layer' of it.
+            representative_token: Update placeholders by a representative token (paper), or leave them as they are
+                until the stage ends (released code and weights).
+            assisted_cls: With 'avg' pooling, classify the class token as well while training, with a norm and head
+                of its own (paper section 'Assisted CLS token loss').
+            **kwargs: Arguments of timm's VisionTransformer.
+
+        Raises:
+            TypeError, ValueError: An argument is of the wrong kind, out of range or of the wrong length.
+        """
+        weight_init = kwargs.pop('weight_init', '')
+        if not kwargs.get('class_token', True):
+            raise ValueError('class_token=False leaves no class attention to select tokens by, it must be True.')
+        kwargs.setdefault('block_fn', EvoBlock)
+        kwargs.setdefault('attn_layer', EvoAttention)
+        if not issubclass(kwargs['block_fn'], EvoBlock):
+            raise TypeError(f"block_fn must be a subclass of EvoBlock, got {kwargs['block_fn']!r}.")
+        if not (isinstance(kwargs['attn_layer'], type) and issubclass(kwargs['attn_layer'], EvoAttention)):
+            raise TypeError(f"attn_layer must be a subclass of EvoAttention, got {kwargs['attn_layer']!r}.")
+        super().__init__(
+            img_size, patch_size, in_chans, num_classes, global_pool, weight_init='skip', **kwargs)
+
+        depth = len(self.blocks)
+        if stages is None:
+            stages = sorted({depth // 3, 2 * depth // 3} - {0})
+        self.stages = evolution.check_stages(stages, depth)
+        if tradeoff is None:
+            first = self.stages[0] if self.stages else depth
+            tradeoff = (1.,) * first + (0.5,) * (depth - first)
+        self.tradeoff = evolution.check_tradeoff(tradeoff, depth)
+        self.selection = evolution.check_selection(selection)
+        self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
+        self.blocks = evolution.EvolvingSequential(
+            *self.blocks,
+            schedule=self._schedule(),
+            tradeoff=self.tradeoff,
+            num_prefix_tokens=self.num_prefix_tokens,
+            representative_token=representative_token,
+        )
+
+        self.assisted_cls = assisted_cls
+        self.assisted_training = False  # must set this True to train w/ both heads' logits
+        self._reset_cls_head()
+
+        self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
+        if weight_init != 'skip':
+            self.init_weights(needs_reset=False)
+
+    def _schedule(self) -> evolution.Schedule:
+        return evolution.Schedule.build(self.tradeoff, self.stages, self.keep_ratio, self.selection)
+
+    def _reset_cls_head(self) -> None:
+        """Give the class token a norm and a classifier where it has something to assist."""
+        if self.assisted_cls and self.global_pool == 'avg' and self.num_classes > 0:
+            if getattr(self, 'norm_cls', None) is None:
+                self.norm_cls = deepcopy(self.fc_norm)
+            self.head_cls = nn.Linear(
+                self.embed_dim, self.num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)
+            self.head_cls.train(self.training)
+        else:
+            self.norm_cls = None
+            self.head_cls = None
+
+    @torch.jit.ignore
+    def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
+        """Change the ratio of informative patches, weights untouched. At 1 the model is its dense twin.
+
+        Args:
+            keep_ratio: Ratio in (0, 1], one for all evolution stages or one per stage.
+
+        Raises:
+            TypeError, ValueError: As at construction; the model is then unchanged.
+        """
+        self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
+        self.blocks.set_schedule(self._schedule())
+
+    @torch.jit.ignore
+    def set_assisted_training(self, enable: bool = True) -> None:
+        """Return (averaged-patch logits, class token logits) in training mode, for `AssistedLoss`."""
+        self.assisted_training = enable
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        super().set_grad_checkpointing(enable)
+        self.blocks.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
+        matcher = super().group_matcher(coarse)
+        matcher['blocks'][-1] = (r'^norm\.', (99999,))  # norm_cls belongs to the head, as fc_norm does
+        return matcher
+
+    @torch.jit.ignore
+    def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, nn.Module]]:
+        return self.head if self.head_cls is None else (self.head, self.head_cls)
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self._reset_cls_head()
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        depth = len(self.blocks)
+        self.stages = tuple(s for s in self.stages if s < depth)
+        self.keep_ratio = self.keep_ratio[:len(self.stages)]
+        self.tradeoff = self.tradeoff[:depth]
+        self.blocks.set_schedule(self._schedule())
+        return take_indices
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (B, in_chans, H, W) to tokens (B, N, C), the patch grid complete and in raster order."""
+        return self.norm(self.blocks(self._embed(x)))
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+            output_dict: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
+        """Forward features that returns intermediates, the complete patch grid after any block.
+
+        Args:
+            x: Input image tensor (B, in_chans, H, W).
+            indices: Take last n blocks if int, all if None, select matching indices if sequence.
+            return_prefix_tokens: Return both prefix and spatial intermediate tokens.
+            norm: Apply norm layer to all intermediates.
+            stop_early: Stop iterating over blocks when last desired intermediate hit.
+            output_fmt: Shape of intermediate feature outputs, 'NCHW' (B, C, h, w) or 'NLC' (B, h * w, C).
+            intermediates_only: Only return intermediate features.
+            output_dict: Return a dictionary with 'image_features', 'image_intermediates' and, if asked for,
+                'image_intermediates_prefix'.
+        """
+        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+
+        height, width = x.shape[-2:]
+        x = self._embed(x)
+        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
+            x, intermediates = self.blocks.forward_intermediates(x, take_indices)
+        else:
+            x, intermediates = self.blocks[:max_index + 1].forward_intermediates(x, take_indices)
+        if norm:
+            intermediates = [self.norm(y) for y in intermediates]
+        prefix_tokens = [y[:, :self.num_prefix_tokens] for y in intermediates]
+        intermediates = [y[:, self.num_prefix_tokens:] for y in intermediates]
+        if output_fmt == 'NCHW':
+            H, W = self.patch_embed.dynamic_feat_size((height, width))
+            intermediates = [y.transpose(1, 2).unflatten(2, (H, W)).contiguous() for y in intermediates]
+
+        if output_dict:
+            output: Dict[str, Any] = {'image_intermediates': intermediates}
+            if return_prefix_tokens:
+                output['image_intermediates_prefix'] = prefix_tokens
+            if not intermediates_only:
+                output['image_features'] = self.norm(x)
+            return output
+        if return_prefix_tokens and not torch.jit.is_scripting():
+            intermediates = list(zip(intermediates, prefix_tokens))
+        if intermediates_only:
+            return intermediates
+        return self.norm(x), intermediates
+
+    @torch.jit.ignore
+    def forward_selections(self, x: torch.Tensor) -> List[Tuple[evolution.Selection, Tuple[int, int]]]:
+        """Image (B, in_chans, H, W) to the token selections made in it, each with its grid size."""
+        grid_size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+        return [(s, grid_size) for s in self.blocks.evolve(self._embed(x), None, None, [])[3]]
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
+        """Tokens (B, N, C) to logits (B, num_classes).
+
+        In training mode with an assisted class token, even samples of the batch are answered by the averaged-patch
+        head and odd samples by the class token head, see `timm_evovit.training`.
+        """
+        features = self.head_drop(self.fc_norm(self.pool(x)))
+        if pre_logits:
+            return features
+        logits = self.head(features)
+        if self.head_cls is None or not self.training:
+            return logits
+        logits_cls = self.head_cls(self.head_drop(self.norm_cls(x[:, 0])))
+        if self.assisted_training and not torch.jit.is_scripting():
+            return logits, logits_cls
+        return training.alternate_heads(logits, logits_cls)
+
+    def forward(self, x: torch.Tensor):
+        return self.forward_head(self.forward_features(x))
+
+
+def _create_evo_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+    out_indices = kwargs.pop('out_indices', 3)
+    return build_model_with_cfg(
+        EvoVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
+        'crop_pct': .875, 'interpolation': 'bicubic', 'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj', 'classifier': ('head', 'head_cls'),
+        'paper_ids': 'arXiv:2108.01390', 'paper_name': 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer',
+        'origin_url': 'https://github.com/YifanXu74/Evo-ViT',
+        **kwargs
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'evo_deit_tiny_patch16_224.evovit_in1k': _cfg(),
+    'evo_deit_small_patch16_224.evovit_in1k': _cfg(),
+    'evo_deit_base_patch16_224.evovit_in1k': _cfg(),
+    'evo_deit_small_patch16_384.untrained': _cfg(input_size=(3, 384, 384)),
+    'evo_deit_base_patch16_384.evovit_in1k': _cfg(input_size=(3, 384, 384)),
+})
+for _short in ('evo_deit_tiny', 'evo_deit_small', 'evo_deit_base'):
+    default_cfgs[_short] = default_cfgs[f'{_short}_patch16_224']
+
+
+@register_model
+def evo_deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+    """Evo-DeiT-Ti @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
+    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
+    return _create_evo_deit('evo_deit_tiny_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def evo_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+    """Evo-DeiT-S @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
+    return _create_evo_deit('evo_deit_small_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def evo_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+    """Evo-DeiT-B @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
+    return _create_evo_deit('evo_deit_base_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def evo_deit_small_patch16_384(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+    """Evo-DeiT-S @ 384x384, not in the paper."""
+    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
+    return _create_evo_deit('evo_deit_small_patch16_384', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def evo_deit_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+    """Evo-DeiT-B @ 384x384 from paper (https://arxiv.org/abs/2108.01390)."""
+    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
+    return _create_evo_deit('evo_deit_base_patch16_384', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def evo_deit_tiny(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+    """Short name of evo_deit_tiny_patch16_224."""
+    return evo_deit_tiny_patch16_224(pretrained, **kwargs)
+
+
+@register_model
+def evo_deit_small(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+    """Short name of evo_deit_small_patch16_224."""
+    return evo_deit_small_patch16_224(pretrained, **kwargs)
+
+
+@register_model
+def evo_deit_base(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+    """Short name of evo_deit_base_patch16_224."""
+    return evo_deit_base_patch16_224(pretrained, **kwargs)
