@@ -310,7 +310,7 @@ class EvolvingSequential(nn.Sequential):
             if self.keep[i] > 0:
                 if held is not None:
                     x = restore(held, x)
-                    if attention is not None and self.live[i - 1]:
+                    if attention is not None:
                         attention = restore_attention(held, attention)
                     held = None
                 if self.keep[i] < 1:
@@ -339,11 +339,13 @@ class EvolvingSequential(nn.Sequential):
                 x = checkpoint(block, x)
             else:
                 x = block(x)
+            if not self.live[i]:
+                attention = None
             if i in indices:
                 intermediates.append(x if held is None else restore(held, x))
         if held is not None:
             x = restore(held, x)
-            if attention is not None and self.live[-1]:
+            if attention is not None:
                 attention = restore_attention(held, attention)
         return x, attention, intermediates, selections
 

@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""Train a small Evo-ViT and its dense twin on handwritten digits, compare them, and draw what Evo-ViT looked at.
+
+    python examples/quickstart.py
+
+The digits are scikit-learn's, written out as an image folder; loaders, transforms, optimizer, schedule, loss and task
+are timm's. Both models start from the same seed and take turns, epoch by epoch. Writes to --output: the image folder,
+the checkpoints, `result.json` and `informative_tokens.png`.
+"""
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import matplotlib
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from timm.data import create_dataset, create_loader
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from timm.utils import accuracy
+from tqdm import tqdm
+
+from timm_evovit import informative_tokens
+
+MODELS = {  # evolving model, its dense twin, and what makes either small enough for digits
+    'evo_deit': ('evo_deit_tiny_patch16_224', 'deit_tiny_patch16_224', dict(
+        img_size=32, patch_size=4, embed_dim=64, depth=6, num_heads=4, global_pool='avg')),
+}
+DATA = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.0)
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', default='evo_deit', choices=sorted(MODELS))
+    parser.add_argument('--epochs', type=int, default=25)
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--lr', type=float, default=2e-3)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--output', type=Path, default=Path('output/quickstart'))
+    return parser.parse_args(argv)
+
+
+def write_digits(root: Path) -> Path:
+    """1,797 digits of 8 x 8 pixels as root/{train,validation}/{0..9}/*.png, 80 % of each class for training."""
+    digits = load_digits()
+    parts = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
+    for split, indices in zip(('train', 'validation'), parts):
+        for i in indices:
+            path = root / split / str(digits.target[i]) / f'{i:04d}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((digits.images[i] * (255 / 16)).astype(np.uint8)).save(path)
+    return root
+
+
+class Run:
+    """One model in training."""
+
+    def __init__(self, name: str, model_args: Dict[str, Any], updates_per_epoch: int, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.name = name
+        self.model = timm.create_model(name, num_classes=10, **model_args).to(args.device)
+        self.task = ClassificationTask(
+            self.model, LabelSmoothingCrossEntropy(0.1), device=torch.device(args.device), verbose=False)
+        self.optimizer = create_optimizer_v2(self.model, opt='adamw', lr=args.lr, weight_decay=0.05)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, sched='cosine', num_epochs=args.epochs, warmup_epochs=3, warmup_lr=1e-5, min_lr=1e-5,
+            step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+        self.device = args.device
+        self.updates = 0
+        self.train_seconds = 0.
+        self.inference_seconds: List[float] = []
+
+    def train_epoch(self, loader: Any, progress: tqdm) -> float:
+        self.task.train()
+        start = time.perf_counter()
+        for images, target in loader:
+            loss = self.task(images.to(self.device), target.to(self.device))['loss']
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.updates += 1
+            self.scheduler.step_update(self.updates)
+            progress.update()
+        self.train_seconds += time.perf_counter() - start
+        return loss.item()
+
+    @torch.inference_mode()
+    def top1(self, loader: Any) -> float:
+        self.model.eval()
+        logits, targets = zip(*((self.model(x.to(self.device)), y.to(self.device)) for x, y in loader))
+        return accuracy(torch.cat(logits), torch.cat(targets))[0].item()
+
+    @torch.inference_mode()
+    def time_inference(self, images: torch.Tensor) -> None:
+        self.model.eval()
+        start = time.perf_counter()
+        self.model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        self.inference_seconds.append(time.perf_counter() - start)
+
+
+def draw(model: torch.nn.Module, loader: Any, path: Path, count: int = 8) -> None:
+    """Digits above the same digits with only the informative patches of each selection left bright."""
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    dataset = loader.dataset
+    step = len(dataset) // count
+    chosen = torch.utils.data.Subset(dataset, range(0, step * count, step))
+    images = next(iter(create_loader(chosen, batch_size=count, use_prefetcher=False, num_workers=0, **DATA)))[0]
+    selections = informative_tokens(model, images.to(next(model.parameters()).device))
+    pixels = (images * 0.5 + 0.5).clamp(0, 1)
+    rows = [('digit', torch.ones_like(pixels[:, :1]))]
+    for s in selections:
+        mask = torch.nn.functional.interpolate(s.mask[:, None].float().cpu(), pixels.shape[-2:])
+        rows.append((f'informative\nfrom block {s.block}', mask))
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.2 * count + 1, 1.25 * len(rows)), squeeze=False)
+    dark = torch.tensor([0.35, 0.0, 0.25]).view(3, 1, 1)
+    for (label, mask), line in zip(rows, axes):
+        for axis, image, keep in zip(line, pixels, mask):
+            axis.imshow((image * keep + (0.35 * image + dark) * (1 - keep)).clamp(0, 1).permute(1, 2, 0))
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label, rotation=0, ha='right', va='center', fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
+    args = parse_args(argv)
+    start = time.perf_counter()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    root = write_digits(args.output / 'digits')
+    common = dict(batch_size=args.batch_size, use_prefetcher=False, num_workers=0, **DATA)
+    train = create_loader(
+        create_dataset('', root=root, split='train'), is_training=True, scale=(0.7, 1.0), hflip=0., color_jitter=None,
+        **common)
+    validation = create_loader(create_dataset('', root=root, split='validation'), **common)
+
+    evo_name, dense_name, model_args = MODELS[args.model]
+    runs = [Run(name, model_args, len(train), args) for name in (dense_name, evo_name)]
+    with tqdm(total=2 * args.epochs * len(train), unit='step', disable=None) as progress:
+        for epoch in range(args.epochs):
+            for run in runs:
+                loss = run.train_epoch(train, progress)
+                progress.set_description(f'{run.name} epoch {epoch + 1}/{args.epochs} loss {loss:.3f}')
+    images = torch.cat([x for x, _ in validation])[:256].to(args.device)
+    for i in range(9):
+        for run in runs if i % 2 else reversed(runs):
+            run.time_inference(images)
+
+    dense, evo = runs
+    result = {'epochs': args.epochs, 'seed': args.seed, 'validation_images': len(validation.dataset), 'models': {}}
+    for run in runs:
+        result['models'][run.name] = {
+            'top1': run.top1(validation),
+            'images_per_second': len(images) / statistics.median(run.inference_seconds[1:]),
+            'train_seconds': run.train_seconds,
+        }
+        torch.save({'state_dict': run.model.state_dict()}, args.output / f'{run.name}.pth')
+    ratios = [a / b for a, b in zip(dense.inference_seconds[1:], evo.inference_seconds[1:])]
+    result['speed_up'] = statistics.median(ratios)
+    result['training_speed_up'] = dense.train_seconds / evo.train_seconds
+    picture = args.output / 'informative_tokens.png'
+    draw(evo.model, validation, picture)
+    result['seconds'] = time.perf_counter() - start
+    (args.output / 'result.json').write_text(json.dumps(result, indent=2))
+
+    print(f'\n{"model":28} {"top-1 %":>8} {"img/s":>8} {"training s":>11}')
+    for name, r in result['models'].items():
+        print(f'{name:28} {r["top1"]:8.2f} {r["images_per_second"]:8.0f} {r["train_seconds"]:11.1f}')
+    print(f'\nspeed-up of {evo.name}: {result["speed_up"]:.2f} in inference, {result["training_speed_up"]:.2f} in training')
+    print(f'{result["validation_images"]} validation images, {args.epochs} epochs, {result["seconds"]:.0f} s in all')
+    print(f'picture: {picture}')
+    return result
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,551 @@
+"""Evo-DeiT against a plain reference, timm's dense models, and what a user of timm does with a model."""
+import copy
+import inspect
+import math
+from itertools import permutations
+
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from reference import image_logits
+from torch.nn import functional as F
+
+import timm_evovit
+from timm_evovit import AssistedLoss, EvoVisionTransformer, informative_tokens
+
+NAME = 'evo_deit_tiny_patch16_224'
+SMALL = dict(num_classes=10, img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2)
+
+
+def build(seed=0, name=NAME, **kwargs):
+    """A small model with weights large enough that attention is far from uniform and tokens differ in rank."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **{**SMALL, **kwargs}).eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(std=0.5 / math.sqrt(p[0].numel()) if 'pos_embed' not in key and 'token' not in key else 0.5)
+            elif key.endswith('weight'):
+                p.uniform_(0.5, 1.5)
+            else:
+                p.normal_(std=0.2)
+            if key.endswith('qkv.weight'):
+                p.mul_(4)
+    return model
+
+
+def images(n=2, size=(32, 32), chans=3, seed=1):
+    return torch.randn(n, chans, *size, generator=torch.Generator().manual_seed(seed))
+
+
+configurations = st.fixed_dictionaries(dict(
+    seed=st.integers(0, 10_000),
+    depth=st.integers(2, 7),
+    heads=st.sampled_from([1, 2, 3]),
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    reg_tokens=st.integers(0, 2),
+    batch=st.integers(1, 3),
+    selection=st.sampled_from(['stage', 'layer']),
+    representative_token=st.booleans(),
+    data=st.data(),
+))
+
+
+@settings(max_examples=60, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),  # shrinking takes minutes
+          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(c=configurations)
+def test_matches_the_written_out_method(c):
+    draw = c['data'].draw
+    stages = draw(st.lists(st.integers(1, c['depth'] - 1), unique=True, max_size=3).map(sorted))
+    ratio = st.one_of(st.floats(0.05, 0.95), st.just(1.), st.sampled_from([0.25, 0.5]))
+    weight = st.one_of(st.floats(0, 1), st.sampled_from([0., 0.5, 1.]))
+    height, width = c['grid']
+    model = build(
+        c['seed'], depth=c['depth'], num_heads=c['heads'], img_size=(height * 4, width * 4), patch_size=4,
+        reg_tokens=c['reg_tokens'], stages=stages, keep_ratio=[draw(ratio) for _ in stages],
+        tradeoff=[draw(weight) for _ in range(c['depth'])],
+        selection=c['selection'], representative_token=c['representative_token'],
+    ).double()
+    x = images(c['batch'], (height * 4, width * 4), seed=c['seed']).double()
+    with torch.no_grad():
+        logits = model(x)
+        intermediates = model.forward_intermediates(x, output_fmt='NLC', return_prefix_tokens=True)[1]
+        found = informative_tokens(model, x)
+        model.set_assisted_training()
+        pair = model.train()(x)
+    for b, image in enumerate(x):
+        expected, expected_cls, result = image_logits(model, image, c['heads'])
+        kept = {t.block: t.mask[b].flatten().nonzero().flatten().tolist() for t in found}
+        assert kept == result.kept
+        for i, (patches, prefix) in enumerate(intermediates):
+            torch.testing.assert_close(torch.cat([prefix[b], patches[b]]), result.after[i])
+        torch.testing.assert_close(logits[b], expected)
+        torch.testing.assert_close(pair[0][b], expected)
+        torch.testing.assert_close(pair[1][b], expected_cls)
+
+
+def test_reference_runs_more_than_one_kind_of_stage():
+    """The comparison above would mean little if selection never left a placeholder out or always the same."""
+    model = build()
+    first, second = informative_tokens(model, images(4))
+    assert (first.block, second.block) == (4, 8)
+    assert first.mask.sum(dim=(1, 2)).tolist() == second.mask.sum(dim=(1, 2)).tolist() == [8] * 4
+    assert (first.mask != second.mask).any() and (first.mask[0] != first.mask[1]).any()
+
+
+# Logits of the authors' code for the model and images of `recorded()`, stage-wise and layer-wise
+RECORDED = {}
+
+
+@pytest.mark.parametrize('selection', ['stage', 'layer'])
+@pytest.mark.parametrize('representative_token', [False, True])
+def test_placeholders_and_raster_order(selection, representative_token):
+    """After the last block: informative tokens changed, placeholders all by the same amount, none moved."""
+    model = build(selection=selection, representative_token=representative_token)
+    x = images(3)
+    with torch.no_grad():
+        before, after = model.forward_intermediates(x, [10, 11], output_fmt='NLC', intermediates_only=True)
+        mask = informative_tokens(model, x)[-1].mask.flatten(1)
+    if selection == 'stage':
+        before = model.forward_intermediates(x, [7], output_fmt='NLC', intermediates_only=True)[0].detach()
+    for b in range(3):
+        change = after[b] - before[b]
+        waited = change[~mask[b]]
+        if representative_token:
+            torch.testing.assert_close(waited, waited[:1].expand_as(waited), rtol=0, atol=1e-5)
+            assert waited.abs().max() > 1e-2
+        else:
+            assert torch.equal(after[b][~mask[b]], before[b][~mask[b]])
+        assert (change[mask[b]].abs().amax(dim=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(selection='layer'), dict(representative_token=True)])
+def test_images_do_not_depend_on_the_batch(kwargs):
+    model = build(**kwargs)
+    x = images(5)
+    with torch.no_grad():
+        together = model(x)
+        torch.testing.assert_close(together, torch.cat([model(image[None]) for image in x]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.flip(0), model(x.flip(0)), rtol=1e-4, atol=1e-5)
+
+
+def test_permuted_patches_give_permuted_tokens():
+    """Without position embeddings nothing may depend on where a patch lies."""
+    model = build(pos_embed='none', representative_token=True)
+    x = images(2)
+    patches = x.unflatten(3, (4, 8)).unflatten(2, (4, 8)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    shuffled = patches[:, order].unflatten(1, (4, 4)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    with torch.no_grad():
+        tokens = model.forward_features(x)[:, 1:]
+        torch.testing.assert_close(model.forward_features(shuffled)[:, 1:], tokens[:, order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(global_pool='avg'), dict(global_pool='token'), dict(global_pool='max'), dict(global_pool='avgmax'),
+    dict(global_pool='map'), dict(global_pool=''), dict(reg_tokens=2), dict(qk_norm=True), dict(init_values=0.1),
+    dict(no_embed_class=True), dict(pre_norm=True), dict(in_chans=1), dict(num_classes=0), dict(dynamic_img_size=True),
+    dict(img_size=(16, 40)), dict(act_layer='silu', norm_layer='rmsnorm'), dict(scale_attn_norm=True), dict(depth=5),
+    dict(fc_norm=False), dict(final_norm=False), dict(patch_size=(4, 8)), dict(qkv_bias=False),
+])
+@pytest.mark.parametrize('representative_token', [False, True])
+def test_keep_ratio_1_is_timm(kwargs, representative_token):
+    kwargs = dict(SMALL, **{'global_pool': 'avg', **kwargs})
+    dense = timm.create_model('deit_tiny_patch16_224', **kwargs).eval()
+    model = timm.create_model(NAME, representative_token=representative_token, **kwargs).eval()
+    missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
+    assert not unexpected and all(k.startswith(('norm_cls', 'head_cls')) for k in missing)
+    size = kwargs['img_size'] if isinstance(kwargs['img_size'], tuple) else (32, 32)
+    x = images(2, size, kwargs.get('in_chans', 3))
+    with torch.no_grad():
+        expected = dense(x)
+        if kwargs['global_pool'] != 'map':
+            assert not torch.allclose(model(x), expected, rtol=1e-4, atol=1e-6), 'half of the tokens made no difference'
+        model.set_keep_ratio(1)
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model.forward_intermediates(x)[1], dense.forward_intermediates(x)[1])
+
+
+def test_set_keep_ratio_touches_no_weights():
+    model = build()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    x = images()
+    with torch.no_grad():
+        half = model(x)
+        model.set_keep_ratio((0.25, 1))
+        mixed = informative_tokens(model, x)
+        assert [t.block for t in mixed] == [4] and mixed[0].mask.sum(dim=(1, 2)).tolist() == [4, 4]
+        model.set_keep_ratio(1e-6)
+        assert all(t.mask.sum(dim=(1, 2)).tolist() == [1, 1] for t in informative_tokens(model, x))
+        model.set_keep_ratio(0.5)
+        assert torch.equal(model(x), half)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_published_sizes():
+    """Parameters with and without the class token branch."""
+    expected = {
+        'evo_deit_tiny': (5_910_800, 5_717_416),
+        'evo_deit_small': (22_436_432, 22_050_664),
+        'evo_deit_base': (87_338_192, 86_567_656),
+    }
+    for short, counts in expected.items():
+        for name in (short, f'{short}_patch16_224'):
+            for assisted, count in zip((True, False), counts):
+                model = timm.create_model(name, assisted_cls=assisted, device='meta')
+                assert sum(p.numel() for p in model.parameters()) == count
+        assert timm.get_pretrained_cfg(short).tag == timm.get_pretrained_cfg(f'{short}_patch16_224').tag
+    for name in ('evo_deit_small_patch16_384', 'evo_deit_base_patch16_384'):
+        model = timm.create_model(name, device='meta')
+        assert model.patch_embed.img_size == (384, 384) and model.pretrained_cfg['crop_pct'] == 0.875
+        data = timm.data.resolve_data_config(model=model)
+        assert data['input_size'] == (3, 384, 384) and data['interpolation'] == 'bicubic'
+
+
+# Training
+
+def test_alternating_heads_are_unbiased():
+    """Averaged over all orderings of a batch the gradient is that of the paper's loss, for a soft target criterion."""
+    model = build(depth=3).double().train()
+    x, target = images(4).double(), torch.rand(4, 10, dtype=torch.float64).softmax(dim=1)
+
+    def criterion(z, y):
+        return F.binary_cross_entropy_with_logits(z, y)
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    orders = list(permutations(range(4)))
+    mean = sum(gradient(criterion(model(x[list(o)]), target[list(o)])) for o in orders) / len(orders)
+    model.set_assisted_training()
+    exact = gradient(AssistedLoss(criterion)(model(x), target))
+    torch.testing.assert_close(mean, exact)
+    logits, logits_cls = model(x)
+    biased = gradient(criterion((logits + logits_cls) / 2, target))
+    assert (biased - exact).norm() > 0.01 * exact.norm()
+
+
+def test_even_samples_ask_the_patches_odd_ones_the_class_token():
+    model = build().train()
+    x = images(5)
+    with torch.no_grad():
+        rows = model(x)
+        model.set_assisted_training()
+        logits, logits_cls = model(x)
+    assert torch.equal(rows[0::2], logits[0::2]) and torch.equal(rows[1::2], logits_cls[1::2])
+    assert not torch.allclose(logits, logits_cls)
+    model.eval()
+    assert torch.is_tensor(model(x)) and torch.is_tensor(AssistedLoss(F.cross_entropy)(model(x), torch.arange(5)))
+    with pytest.raises(ValueError, match='two heads'):
+        AssistedLoss(F.cross_entropy)((logits,) * 3, torch.arange(5))
+
+
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(selection='layer'), dict(representative_token=True), dict(representative_token=True, selection='layer'),
+    dict(assisted_cls=False), dict(global_pool='token'), dict(global_pool='map'), dict(keep_ratio=1), dict(reg_tokens=1),
+    dict(num_classes=0), dict(img_size=8),
+])
+@pytest.mark.parametrize('batch', [1, 2])
+def test_every_parameter_has_a_gradient(kwargs, batch):
+    model = build(**kwargs).train()
+    model(images(batch, model.patch_embed.img_size)).sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize('representative_token', [False, True])
+def test_gradients_of_training_match_finite_differences(representative_token):
+    model = build(depth=3, representative_token=representative_token).double().train()
+    x = images().double()
+    parameter = model.blocks[0].attn.qkv.weight
+    direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss():
+        return model(x).square().mean()
+
+    slope = (torch.autograd.grad(loss(), parameter)[0] * direction).sum()
+    with torch.no_grad():
+        step = 1e-6
+        parameter.add_(direction, alpha=step)
+        up = loss()
+        parameter.add_(direction, alpha=-2 * step)
+        torch.testing.assert_close((up - loss()) / (2 * step), slope, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(representative_token=True, selection='layer')])
+def test_grad_checkpointing_changes_nothing(kwargs):
+    gradients = []
+    for enable in (False, True):
+        model = build(**kwargs).train()
+        model.set_grad_checkpointing(enable)
+        model(images()).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        if enable:
+            checkpointed = model.forward_intermediates(images())[1]
+            model.set_grad_checkpointing(False)
+            torch.testing.assert_close(checkpointed, model.forward_intermediates(images())[1])
+    torch.testing.assert_close(*gradients)
+
+
+def test_assisted_head_follows_the_readout():
+    model = build()
+    assert model.get_classifier() == (model.head, model.head_cls)
+    model.reset_classifier(7)
+    assert model.train()(images()).shape == (2, 7) and model.head_cls.out_features == 7
+    assert model.head.training and model.head_cls.training
+    model.reset_classifier(0)
+    assert model.head_cls is None and model(images()).shape == (2, 24)
+    model.reset_classifier(3, 'token')
+    assert model.head_cls is None and model.norm_cls is None and model.get_classifier() is model.head
+    model.reset_classifier(3, 'avg')
+    assert model.head_cls.out_features == 3 and model.norm_cls is not None
+    assert build(global_pool='token').head_cls is None and build(assisted_cls=False).head_cls is None
+
+
+# What timm does with a model
+
+@pytest.mark.parametrize('kwargs', [{}, dict(selection='layer'), dict(representative_token=True), dict(reg_tokens=2)])
+def test_features_are_complete_grids_at_every_block(kwargs):
+    model = build(img_size=(24, 40), **kwargs)
+    x = images(2, (24, 40))
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(x)
+        tokens = [y for y in model.forward_intermediates(x, output_fmt='NLC', intermediates_only=True)]
+        assert [m.shape for m in maps] == [(2, 24, 3, 5)] * 12
+        for m, t in zip(maps, tokens):
+            assert torch.equal(m.flatten(2).transpose(1, 2), t)
+        assert torch.equal(final, model.forward_features(x))
+        backbone = timm.create_model(
+            NAME, **{**SMALL, 'img_size': (24, 40)}, **kwargs, features_only=True, out_indices=(1, 5, 6)).eval()
+        backbone.model.load_state_dict(model.state_dict(), strict=False)
+        for i, m in zip((1, 5, 6), backbone(x)):
+            torch.testing.assert_close(m, maps[i])
+        early, dictionary = [
+            model.forward_intermediates(x, [5], stop_early=True, norm=True, intermediates_only=True, output_dict=d)
+            for d in (False, True)]
+        torch.testing.assert_close(early[0], dictionary['image_intermediates'][0])
+        assert list(dictionary) == ['image_intermediates']
+        full = model.forward_intermediates(x, [5], return_prefix_tokens=True, output_dict=True)
+        assert full['image_intermediates_prefix'][0].shape == (2, model.num_prefix_tokens, 24)
+
+
+@pytest.mark.parametrize('last', range(12))
+def test_pruning_keeps_the_evolution(last):
+    model = build(representative_token=True)
+    x = images()
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, [last], intermediates_only=True)[0]
+        model.prune_intermediate_layers([last])
+        torch.testing.assert_close(model.forward_intermediates(x, intermediates_only=True)[-1], expected)
+        model.set_keep_ratio(0.25)  # still a working model
+        assert all(t.mask.sum() == 2 * 4 for t in informative_tokens(model, x))
+
+
+def test_slices_of_the_blocks():
+    model = build()
+    x = model._embed(images())
+    with torch.no_grad():
+        torch.testing.assert_close(model.blocks[:12](x), model.blocks(x))
+        dense = model.blocks[4:6]
+        assert type(dense) is torch.nn.Sequential and dense(x).shape == x.shape
+        assert model.blocks[-1] is list(model.blocks)[-1]
+
+
+def test_set_input_size_and_dynamic_sizes():
+    model = build()
+    model.set_input_size((48, 32))
+    assert model(images(2, (48, 32))).shape == (2, 10)
+    assert informative_tokens(model, images(2, (48, 32)))[0].mask.shape == (2, 6, 4)
+    dynamic = build(dynamic_img_size=True)
+    assert informative_tokens(dynamic, images(1, (16, 40)))[0].mask.shape == (1, 2, 5)
+    with pytest.raises(AssertionError, match='32'):
+        build()(images(1, (40, 40)))
+
+
+@pytest.mark.parametrize('kwargs', [dict(patch_drop_rate=0.5), dict(
+    drop_rate=0.1, pos_drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2,
+    representative_token=True)])
+def test_drop_rates_train(kwargs):
+    model = build(**kwargs).train()
+    a, b = model(images()), model(images())
+    assert a.shape == (2, 10) and not torch.equal(a, b)
+    model.eval()
+    assert torch.equal(model(images()), model(images()))
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(selection='layer', representative_token=True), dict(global_pool='token')])
+@pytest.mark.parametrize('fused', [True, False])
+def test_script_fx_export_and_compile(kwargs, fused):
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    from timm.layers import set_fused_attn
+    set_fused_attn(fused)
+    try:
+        model = build(**kwargs)
+    finally:
+        set_fused_attn(True)
+    assert model.blocks[0].attn.fused_attn == fused
+    x, many = images(), images(5, seed=2)
+    with torch.no_grad():
+        expected, expected_many = model(x), model(many)
+        scripted = torch.jit.script(model)
+        torch.testing.assert_close(scripted(many), expected_many)
+        node = get_graph_node_names(model)[1][-1]
+        torch.testing.assert_close(create_feature_extractor(model, [node])(many)[node], expected_many)
+        dim = torch.export.Dim('batch', min=2, max=64)
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: dim},))
+        torch.testing.assert_close(exported.module()(many), expected_many)
+        compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+    torch.testing.assert_close(torch.jit.script(model.train())(x), model(x))
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_low_precision_and_meta():
+    model = build(representative_token=True)
+    x = images()
+    with torch.no_grad():
+        full = model(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            torch.testing.assert_close(model(x).float(), full, rtol=0.1, atol=0.1 * full.abs().max().item())
+        model.to(torch.bfloat16)
+        half = model(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and informative_tokens(model, x.bfloat16())[0].attention.dtype == torch.float32
+    meta = timm.create_model('evo_deit_small', device='meta', dtype=torch.bfloat16)
+    assert {p.device.type for p in meta.parameters()} == {'meta'} and {p.dtype for p in meta.parameters()} == {torch.bfloat16}
+    assert meta(torch.empty(3, 3, 224, 224, device='meta', dtype=torch.bfloat16)).shape == (3, 1000)
+    model.train()
+    with torch.autocast('cpu', torch.bfloat16):
+        model.float()(x).float().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_initialisation_is_timms():
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, **SMALL)
+    assert 0.015 < model.head_cls.weight.std() < 0.025 and model.head_cls.bias.abs().max() == 0
+    jax = timm.create_model(NAME, **SMALL, weight_init='jax')
+    assert jax.head.weight.abs().max() == 0 and jax.head_cls.weight.abs().max() == 0
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float('nan'))
+    model.init_weights()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_parameter_groups():
+    from timm.optim import param_groups_layer_decay
+    model = build()
+    assert {'pos_embed', 'cls_token'} <= model.no_weight_decay()
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
+    scale = {id(p): g['lr_scale'] for g in groups for p in g['params']}
+    order = [scale[id(p)] for p in (
+        model.cls_token, model.blocks[0].norm1.weight, model.blocks[11].norm1.weight, model.head.weight)]
+    assert order == sorted(order) and order[0] < order[1] < order[2] < order[3] == 1
+    assert scale[id(model.norm_cls.weight)] == scale[id(model.fc_norm.weight)] == scale[id(model.head_cls.weight)] == 1
+
+
+def test_nan_in_nan_out():
+    for kwargs in ({}, dict(representative_token=True)):
+        model = build(**kwargs)
+        x = images()
+        x[0] = float('nan')
+        with torch.no_grad():
+            y = model(x)
+        assert y[0].isnan().all() and y[1].isfinite().all()
+
+
+def test_deepcopy_and_pickle(tmp_path):
+    model = build(representative_token=True)
+    torch.save(model, tmp_path / 'model.pt')
+    with torch.no_grad():
+        expected = model(images())
+        assert torch.equal(copy.deepcopy(model)(images()), expected)
+        assert torch.equal(torch.load(tmp_path / 'model.pt', weights_only=False)(images()), expected)
+
+
+# informative_tokens
+
+def test_informative_tokens_leaves_nothing_behind():
+    model = build().train()
+    model.head.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
+    found = informative_tokens(model, images())
+    assert model.training and model.blocks.training and not model.head.training
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    for t in found:
+        assert t.mask.shape == t.attention.shape == (2, 4, 4) and t.mask.dtype == torch.bool
+        assert t.attention[t.mask].min() > 0
+        for mask, attention in zip(t.mask, t.attention):
+            assert attention[mask].min() >= attention[~mask].max()
+    assert len(informative_tokens(build(selection='layer'), images())) == 8
+    with pytest.raises(TypeError, match='VisionTransformer'):
+        informative_tokens(timm.create_model('deit_tiny_patch16_224', **SMALL), images())
+
+
+# Bad input
+
+@pytest.mark.parametrize('kwargs, error, message', [
+    (dict(keep_ratio=0), ValueError, r'keep_ratio must lie in \(0, 1\], got 0'),
+    (dict(keep_ratio=1.5), ValueError, '1.5'),
+    (dict(keep_ratio=float('nan')), ValueError, 'nan'),
+    (dict(keep_ratio=(0.5,)), ValueError, '2, one per evolution stage, got 1'),
+    (dict(keep_ratio=(0.5, -1)), ValueError, '-1'),
+    (dict(keep_ratio='half'), TypeError, 'half'),
+    (dict(keep_ratio=None), TypeError, 'None'),
+    (dict(keep_ratio=True), TypeError, 'True'),
+    (dict(keep_ratio=(0.5, '0.5')), TypeError, "'0.5'"),
+    (dict(stages=(0, 4)), ValueError, r'1 .. 11 for a model of 12 blocks, got \(0, 4\)'),
+    (dict(stages=(4, 12)), ValueError, '12'),
+    (dict(stages=(8, 4)), ValueError, 'ascending'),
+    (dict(stages=(4, 4)), ValueError, 'ascending'),
+    (dict(stages=(4, 8.5)), TypeError, '8.5'),
+    (dict(stages='48'), TypeError, '48'),
+    (dict(tradeoff=1.2), ValueError, r'tradeoff must lie in \[0, 1\], got 1.2'),
+    (dict(tradeoff=(0.5,) * 11), ValueError, '12, one per block, got 11'),
+    (dict(tradeoff='learned'), TypeError, 'learned'),
+    (dict(selection='token'), ValueError, "'stage' or 'layer', got 'token'"),
+    (dict(class_token=False), ValueError, 'class_token=False'),
+    (dict(block_fn=torch.nn.Identity), TypeError, 'EvoBlock'),
+    (dict(attn_layer='diff'), TypeError, 'diff'),
+    (dict(not_an_argument=1), TypeError, 'not_an_argument'),
+])
+def test_bad_arguments(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model(NAME, **SMALL, **kwargs)
+
+
+def test_bad_keep_ratio_loses_nothing():
+    model = build(keep_ratio=(0.25, 0.75))
+    expected = model(images())
+    for bad in (0, 2, (0.5,), 'x', float('nan')):
+        with pytest.raises((ValueError, TypeError)):
+            model.set_keep_ratio(bad)
+    assert model.keep_ratio == (0.25, 0.75) and torch.equal(model(images()), expected)
+
+
+def test_arguments_as_a_command_line_gives_them():
+    from timm.utils import ParseKwargs
+    import argparse
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--model-kwargs', nargs='*', action=ParseKwargs)
+    args = parser.parse_args([
+        '--model-kwargs', 'keep_ratio=[0.5,0.7]', 'stages=4,8', 'tradeoff=0.25', 'selection=layer',
+        'representative_token=True', 'assisted_cls=False'])
+    model = timm.create_model(NAME, **SMALL, **args.model_kwargs)
+    assert model.keep_ratio == (0.5, 0.7) and model.stages == (4, 8) and model.tradeoff == (0.25,) * 12
+    assert model.selection == 'layer' and model.blocks.representative_token and model.head_cls is None
+
+
+def test_documented_and_typed():
+    for thing in [getattr(timm_evovit, name) for name in timm_evovit.__all__ if name != '__version__']:
+        assert inspect.getdoc(thing)
+    for method in ('set_keep_ratio', 'set_assisted_training', 'forward_intermediates'):
+        assert inspect.getdoc(getattr(EvoVisionTransformer, method))
+    assert set(timm_evovit.__all__) <= set(dir(timm_evovit))
+    with pytest.raises(AttributeError, match='no_such_name'):
+        timm_evovit.no_such_name
