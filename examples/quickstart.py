@@ -30,21 +30,21 @@ from timm.task import ClassificationTask
 from timm.utils import accuracy
 from tqdm import tqdm
 
-from timm_evovit import informative_tokens
+from timm_evovit import AssistedLoss, informative_tokens
 
 MODELS = {  # evolving model, its dense twin, and what makes either small enough for digits
     'evo_deit': ('evo_deit_tiny_patch16_224', 'deit_tiny_patch16_224', dict(
-        img_size=32, patch_size=4, embed_dim=64, depth=6, num_heads=4, global_pool='avg')),
+        img_size=24, patch_size=4, embed_dim=64, depth=6, num_heads=4, global_pool='avg')),
 }
-DATA = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.0)
+DATA = dict(input_size=(3, 24, 24), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.0)
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='evo_deit', choices=sorted(MODELS))
-    parser.add_argument('--epochs', type=int, default=25)
-    parser.add_argument('--batch-size', type=int, default=64)
-    parser.add_argument('--lr', type=float, default=2e-3)
+    parser.add_argument('--epochs', type=int, default=30)
+    parser.add_argument('--batch-size', type=int, default=32)
+    parser.add_argument('--lr', type=float, default=1e-3)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, default=Path('output/quickstart'))
@@ -70,8 +70,11 @@ class Run:
         torch.manual_seed(args.seed)
         self.name = name
         self.model = timm.create_model(name, num_classes=10, **model_args).to(args.device)
-        self.task = ClassificationTask(
-            self.model, LabelSmoothingCrossEntropy(0.1), device=torch.device(args.device), verbose=False)
+        criterion: torch.nn.Module = LabelSmoothingCrossEntropy(0.1)
+        if hasattr(self.model, 'set_assisted_training'):  # the paper's loss: one for the patches, one for the class token
+            self.model.set_assisted_training()
+            criterion = AssistedLoss(criterion)
+        self.task = ClassificationTask(self.model, criterion, device=torch.device(args.device), verbose=False)
         self.optimizer = create_optimizer_v2(self.model, opt='adamw', lr=args.lr, weight_decay=0.05)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, sched='cosine', num_epochs=args.epochs, warmup_epochs=3, warmup_lr=1e-5, min_lr=1e-5,

@@ -44,7 +44,7 @@ configurations = st.fixed_dictionaries(dict(
     seed=st.integers(0, 10_000),
     depth=st.integers(2, 7),
     heads=st.sampled_from([1, 2, 3]),
-    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    grid=st.tuples(st.integers(1, 4), st.integers(1, 5)),
     reg_tokens=st.integers(0, 2),
     batch=st.integers(1, 3),
     selection=st.sampled_from(['stage', 'layer']),
@@ -53,7 +53,7 @@ configurations = st.fixed_dictionaries(dict(
 ))
 
 
-@settings(max_examples=60, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),  # shrinking takes minutes
+@settings(max_examples=40, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),  # shrinking takes minutes
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(c=configurations)
 def test_matches_the_written_out_method(c):
@@ -95,8 +95,6 @@ def test_reference_runs_more_than_one_kind_of_stage():
     assert (first.mask != second.mask).any() and (first.mask[0] != first.mask[1]).any()
 
 
-# Logits of the authors' code for the model and images of `recorded()`, stage-wise and layer-wise
-RECORDED = {}
 
 
 @pytest.mark.parametrize('selection', ['stage', 'layer'])
@@ -374,33 +372,39 @@ def test_drop_rates_train(kwargs):
     assert torch.equal(model(images()), model(images()))
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(selection='layer', representative_token=True), dict(global_pool='token')])
-@pytest.mark.parametrize('fused', [True, False])
-def test_script_fx_export_and_compile(kwargs, fused):
-    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
-
+@pytest.mark.parametrize('kwargs, fused', [
+    ({}, True), ({}, False), (dict(selection='layer', representative_token=True), True), (dict(global_pool='token'), True)])
+def test_script_fx_and_export(kwargs, fused):
     from timm.layers import set_fused_attn
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
     set_fused_attn(fused)
     try:
-        model = build(**kwargs)
+        model = build(depth=4, **kwargs)
     finally:
         set_fused_attn(True)
     assert model.blocks[0].attn.fused_attn == fused
     x, many = images(), images(5, seed=2)
     with torch.no_grad():
-        expected, expected_many = model(x), model(many)
-        scripted = torch.jit.script(model)
-        torch.testing.assert_close(scripted(many), expected_many)
+        expected = model(many)
+        torch.testing.assert_close(torch.jit.script(model)(many), expected)
         node = get_graph_node_names(model)[1][-1]
-        torch.testing.assert_close(create_feature_extractor(model, [node])(many)[node], expected_many)
-        dim = torch.export.Dim('batch', min=2, max=64)
-        exported = torch.export.export(model, (x,), dynamic_shapes=({0: dim},))
-        torch.testing.assert_close(exported.module()(many), expected_many)
-        compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
-        torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(create_feature_extractor(model, [node])(many)[node], expected)
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch', min=2, max=64)},))
+        torch.testing.assert_close(exported.module()(many), expected)
     torch.testing.assert_close(torch.jit.script(model.train())(x), model(x))
-    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(selection='layer', representative_token=True)])
+def test_compiles_without_a_graph_break(kwargs):
+    model = build(depth=4, **kwargs)
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend='eager', fullgraph=True)(x), model(x))
+    model.train()
+    gradients = []
+    for forward in (model, torch.compile(model, backend='aot_eager', fullgraph=True)):
+        gradients.append(torch.autograd.grad(forward(x).square().sum(), list(model.parameters())))
+    torch.testing.assert_close(*gradients)
 
 
 def test_low_precision_and_meta():
@@ -496,7 +500,6 @@ def test_informative_tokens_leaves_nothing_behind():
     (dict(keep_ratio=(0.5,)), ValueError, '2, one per evolution stage, got 1'),
     (dict(keep_ratio=(0.5, -1)), ValueError, '-1'),
     (dict(keep_ratio='half'), TypeError, 'half'),
-    (dict(keep_ratio=None), TypeError, 'None'),
     (dict(keep_ratio=True), TypeError, 'True'),
     (dict(keep_ratio=(0.5, '0.5')), TypeError, "'0.5'"),
     (dict(stages=(0, 4)), ValueError, r'1 .. 11 for a model of 12 blocks, got \(0, 4\)'),
