@@ -75,12 +75,17 @@ def subsample(x: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:
     return x.unflatten(1, grid_size)[:, ::2, ::2].flatten(1, 2)
 
 
+def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(B, N, heads * d) to (B, heads, N, d), copied once here and not for each product that follows."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2).contiguous()
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Attention of queries (B, heads, M, d) over keys (B, heads, N, d) and values (B, heads, N, e): (B, M, heads * e).
 
     Written out: where e differs from d, scaled_dot_product_attention is slower on a CPU.
     """
-    attn = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)
+    attn = (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)
     return (attn @ v).transpose(1, 2).flatten(2)
 
 
@@ -111,7 +116,7 @@ class EvoLevitAttention(nn.Module):
         ]))
 
     def _qkv(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = self.qkv(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        x = split_heads(self.qkv(x), self.num_heads)
         q, k, v = x.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
         return q, k, v
 
@@ -182,9 +187,9 @@ class EvoLevitAttentionDownsample(nn.Module):
             Tokens and global class attention of the smaller grid, the latter None if nothing later reads it.
         """
         x = x + self.pos_embed
-        k, v = self.kv(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2).split([self.key_dim, self.val_dim], dim=3)
-        queries = torch.cat([x[:, :1], subsample(x[:, 1:], self.grid_size)], dim=1)
-        q = self.q(queries).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        k, v = split_heads(self.kv(x), self.num_heads).split([self.key_dim, self.val_dim], dim=3)
+        q = self.q(torch.cat([x[:, :1], subsample(x[:, 1:], self.grid_size)], dim=1))
+        q = split_heads(q, self.num_heads)
         x = self.proj(attend(q, k, v, self.scale))
         if not self.live:
             return x, None
