@@ -10,6 +10,7 @@ from .autoload import autoload
 
 if TYPE_CHECKING:
     from .evo_deit import EvoVisionTransformer as EvoVisionTransformer
+    from .evo_levit import EvoLevit as EvoLevit
     from .training import AssistedLoss as AssistedLoss
     from .visualize import informative_tokens as informative_tokens
 
@@ -17,6 +18,7 @@ __version__ = '0.1.0'
 
 _modules = {
     'EvoVisionTransformer': 'evo_deit',
+    'EvoLevit': 'evo_levit',
     'AssistedLoss': 'training',
     'informative_tokens': 'visualize',
 }

@@ -1,12 +1,14 @@
 """The authors' state dicts to timm's naming."""
+import math
 import re
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import nn
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 
-__all__ = ['deit_checkpoint_filter_fn']
+__all__ = ['deit_checkpoint_filter_fn', 'levit_checkpoint_filter_fn']
 
 
 def _rename_deit(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -25,6 +27,46 @@ def _rename_deit(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]
         elif re.match(r'vs\.\d+\.v\.', key):
             continue
         out[key] = value
+    return out
+
+
+def _rename_levit(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Authors' Evo-LeViT keys to those of EvoLevit.
+
+    The flat list of blocks is cut where a downsampling attention stands, which is the block with keys and values of its
+    own; its MLP is the block behind it.
+    """
+    names: Dict[int, str] = {}
+    stage, block, indices = 0, 0, {int(k.split('.')[1]) for k in state_dict if k.startswith('blocks.')}
+    for i in sorted(indices):
+        if f'blocks.{i}.kv.c.weight' in state_dict:
+            stage, block = stage + 1, 0
+            names[i] = f'stages.{stage}.downsample.attn_downsample'
+        elif names.get(i - 1, '').endswith('.attn_downsample'):
+            names[i] = f'stages.{stage}.downsample'
+        else:
+            names[i] = f'stages.{stage}.blocks.{block}'
+            block += 1
+
+    out, tradeoff = {}, {}
+    for key, value in state_dict.items():
+        if key.startswith('stage_blocks.'):
+            continue  # the blocks once more
+        if match := re.match(r'blocks\.(\d+)\.(.+)$', key):
+            i, key = int(match[1]), match[2]
+            if key.endswith('learn_tradeoff'):
+                tradeoff[i] = value
+                continue
+            key = re.sub(r'^m1\.m\.', 'attn.', key)
+            key = re.sub(r'^(?:m2\.)?m\.([02])\.', lambda m: f'mlp.ln{1 + int(m[1]) // 2}.', key)
+            key = re.sub(r'\b(q|proj)\.1\.', r'\1.ln.', key)
+            key = f'{names[i]}.{key}'
+        key = re.sub(r'^patch_embed\.([0246])\.', lambda m: f'stem.conv{1 + int(m[1]) // 2}.', key)
+        key = re.sub(r'\bposs$', 'pos_embed', key)
+        key = re.sub(r'\b[cl]\.(weight|bias)$', r'linear.\1', key)
+        out[key] = value
+    if tradeoff:
+        out['tradeoff'] = torch.cat([tradeoff[i].reshape(1) for i in sorted(tradeoff)])
     return out
 
 
@@ -74,5 +116,44 @@ def deit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> D
     if model.head_cls is None:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith(('norm_cls.', 'head_cls.'))}
     state_dict = vit_checkpoint_filter_fn(state_dict, model)
+    check_state_dict(state_dict, model)
+    return state_dict
+
+
+def _resample_pos_embed(pos_embed: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:
+    """Resample (1, 1 + n, C) from a square grid; any other is left for `check_state_dict` to complain about."""
+    n = pos_embed.shape[1] - 1
+    if n == grid_size[0] * grid_size[1] or math.isqrt(n) ** 2 != n:
+        return pos_embed
+    return resample_abs_pos_embed(pos_embed, list(grid_size))
+
+
+def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Make a checkpoint fit an EvoLevit.
+
+    Takes the authors' key names as well as timm's, drops the class token heads and the learned tradeoff where the model
+    has none, and resamples position embeddings to the model's image size.
+
+    Raises:
+        ValueError: Keys or shapes do not fit, or the weights are those of a LeViT.
+    """
+    state_dict = state_dict.get('model', state_dict)
+    state_dict = state_dict.get('state_dict', state_dict)
+    if any('attention_biases' in k for k in state_dict):
+        raise ValueError(
+            'The checkpoint is of a LeViT, it has attention_biases and no class token. Evo-LeViT has position embeddings '
+            'and a class token instead, and selects by the attention of the latter: it needs weights of its own.')
+    if any(k.startswith('patch_embed.') for k in state_dict):
+        state_dict = _rename_levit(state_dict)
+    dropped = () if model.head_cls is not None else ('head_cls.', 'head_cls_dist.')
+    if model.tradeoff is None:
+        dropped += ('tradeoff',)
+    state_dict = {k: v for k, v in state_dict.items() if not k.startswith(dropped)}
+    grid_size = model.stages[0].grid_size
+    for i, stage in enumerate(model.stages):
+        key = f'stages.{i}.downsample.attn_downsample.pos_embed' if i > 0 else 'pos_embed'
+        if key in state_dict:
+            state_dict[key] = _resample_pos_embed(state_dict[key], grid_size)
+        grid_size = stage.grid_size
     check_state_dict(state_dict, model)
     return state_dict

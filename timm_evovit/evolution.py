@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from timm.models import checkpoint
 
-__all__ = ['EvolvingSequential', 'Held', 'Schedule', 'Selection', 'class_attention', 'restore', 'select']
+__all__ = ['EvolvingSequential', 'Held', 'Schedule', 'Selection', 'class_attention', 'mix', 'restore', 'select']
 
 
 def _fractions(name: str, value: Any, count: int, per: str, zero: bool = False) -> Tuple[float, ...]:
@@ -155,6 +155,26 @@ def class_attention(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Ten
     if scores.dtype != torch.float64:
         scores = scores.float()
     return scores.softmax(dim=-1).mean(dim=1).squeeze(1)
+
+
+@torch.fx.wrap
+def mix(
+        attention: torch.Tensor,
+        row: torch.Tensor,
+        tradeoff: float,
+        learned_tradeoff: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Global class attention after one more attention layer: `(1 - tradeoff) * attention + tradeoff * row`.
+
+    Args:
+        attention: Global class attention (B, n) so far.
+        row: Class attention (B, n) of the layer.
+        tradeoff: Weight of the layer.
+        learned_tradeoff: Scalar tensor that takes the place of `tradeoff`.
+    """
+    if learned_tradeoff is not None:
+        return attention.lerp(row, learned_tradeoff.to(attention.dtype))
+    return attention.lerp(row, tradeoff)
 
 
 @torch.fx.wrap
@@ -331,10 +351,7 @@ class EvolvingSequential(nn.Sequential):
                     attention = row[:, self.num_prefix_tokens:]
                 else:
                     row = patch_attention(row, self.num_prefix_tokens, attention.shape[1])
-                    if tradeoff is not None:
-                        attention = attention.lerp(row, tradeoff[i])
-                    else:
-                        attention = attention.lerp(row, self.tradeoff[i])
+                    attention = mix(attention, row, self.tradeoff[i], None if tradeoff is None else tradeoff[i])
             elif self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x)
             else:
