@@ -34,9 +34,11 @@ from timm_evovit import AssistedLoss, informative_tokens
 
 MODELS = {  # evolving model, its dense twin, and what makes either small enough for digits
     'evo_deit': ('evo_deit_tiny_patch16_224', 'deit_tiny_patch16_224', dict(
-        img_size=24, patch_size=4, embed_dim=64, depth=6, num_heads=4, global_pool='avg')),
+        img_size=24, patch_size=4, embed_dim=64, depth=6, num_heads=4, global_pool='avg', weight_init='jax')),
+    'evo_levit': ('evo_levit_128s', 'levit_128s', dict(
+        img_size=96, embed_dim=(48, 64, 96), key_dim=8, num_heads=(3, 4, 6), depth=(4, 2, 2))),
 }
-DATA = dict(input_size=(3, 24, 24), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.0)
+DATA = dict(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.0)
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -114,15 +116,14 @@ class Run:
         self.inference_seconds.append(time.perf_counter() - start)
 
 
-def draw(model: torch.nn.Module, loader: Any, path: Path, count: int = 8) -> None:
+def draw(model: torch.nn.Module, dataset: Any, data: Dict[str, Any], path: Path, count: int = 8) -> None:
     """Digits above the same digits with only the informative patches of each selection left bright."""
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    dataset = loader.dataset
     step = len(dataset) // count
     chosen = torch.utils.data.Subset(dataset, range(0, step * count, step))
-    images = next(iter(create_loader(chosen, batch_size=count, use_prefetcher=False, num_workers=0, **DATA)))[0]
+    images = next(iter(create_loader(chosen, **{**data, 'batch_size': count})))[0]
     selections = informative_tokens(model, images.to(next(model.parameters()).device))
     pixels = (images * 0.5 + 0.5).clamp(0, 1)
     rows = [('digit', torch.ones_like(pixels[:, :1]))]
@@ -147,13 +148,14 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     random.seed(args.seed)
     np.random.seed(args.seed)
     root = write_digits(args.output / 'digits')
-    common = dict(batch_size=args.batch_size, use_prefetcher=False, num_workers=0, **DATA)
+    evo_name, dense_name, model_args = MODELS[args.model]
+    size = model_args['img_size']
+    data = dict(DATA, input_size=(3, size, size), batch_size=args.batch_size, use_prefetcher=False, num_workers=0)
     train = create_loader(
         create_dataset('', root=root, split='train'), is_training=True, scale=(0.7, 1.0), hflip=0., color_jitter=None,
-        **common)
-    validation = create_loader(create_dataset('', root=root, split='validation'), **common)
+        **data)
+    validation = create_loader(create_dataset('', root=root, split='validation'), **data)
 
-    evo_name, dense_name, model_args = MODELS[args.model]
     runs = [Run(name, model_args, len(train), args) for name in (dense_name, evo_name)]
     with tqdm(total=2 * args.epochs * len(train), unit='step', disable=None) as progress:
         for epoch in range(args.epochs):
@@ -178,7 +180,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     result['speed_up'] = statistics.median(ratios)
     result['training_speed_up'] = dense.train_seconds / evo.train_seconds
     picture = args.output / 'informative_tokens.png'
-    draw(evo.model, validation, picture)
+    draw(evo.model, validation.dataset, data, picture)
     result['seconds'] = time.perf_counter() - start
     (args.output / 'result.json').write_text(json.dumps(result, indent=2))
 

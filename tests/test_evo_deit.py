@@ -53,7 +53,7 @@ configurations = st.fixed_dictionaries(dict(
 ))
 
 
-@settings(max_examples=40, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),  # shrinking takes minutes
+@settings(max_examples=30, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),  # shrinking takes minutes
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(c=configurations)
 def test_matches_the_written_out_method(c):
@@ -148,11 +148,10 @@ def test_permuted_patches_give_permuted_tokens():
     dict(img_size=(16, 40)), dict(act_layer='silu', norm_layer='rmsnorm'), dict(scale_attn_norm=True), dict(depth=5),
     dict(fc_norm=False), dict(final_norm=False), dict(patch_size=(4, 8)), dict(qkv_bias=False),
 ])
-@pytest.mark.parametrize('representative_token', [False, True])
-def test_keep_ratio_1_is_timm(kwargs, representative_token):
-    kwargs = dict(SMALL, **{'global_pool': 'avg', **kwargs})
+def test_keep_ratio_1_is_timm(kwargs):
+    kwargs = dict(SMALL, **{'global_pool': 'avg', 'depth': 6, **kwargs})
     dense = timm.create_model('deit_tiny_patch16_224', **kwargs).eval()
-    model = timm.create_model(NAME, representative_token=representative_token, **kwargs).eval()
+    model = timm.create_model(NAME, representative_token=True, **kwargs).eval()
     missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
     assert not unexpected and all(k.startswith(('norm_cls', 'head_cls')) for k in missing)
     size = kwargs['img_size'] if isinstance(kwargs['img_size'], tuple) else (32, 32)
@@ -206,7 +205,7 @@ def test_published_sizes():
 
 def test_alternating_heads_are_unbiased():
     """Averaged over all orderings of a batch the gradient is that of the paper's loss, for a soft target criterion."""
-    model = build(depth=3).double().train()
+    model = build(depth=2).double().train()
     x, target = images(4).double(), torch.rand(4, 10, dtype=torch.float64).softmax(dim=1)
 
     def criterion(z, y):
