@@ -26,12 +26,12 @@ def build(seed=0, **kwargs):
     with torch.no_grad():
         for key, p in model.named_parameters():
             if p.ndim > 1:
-                p.normal_(std=0.5 if 'pos_embed' in key or 'token' in key else 1 / math.sqrt(p[0].numel()))
+                p.normal_(std=0.2 if 'pos_embed' in key or 'token' in key else 1 / math.sqrt(p[0].numel()))
             elif key.endswith('weight'):
-                p.uniform_(0.5, 1.5)
+                p.uniform_(0.4, 1)
             else:
-                p.normal_(std=0.5)
-            if key.endswith(('qkv.bn.weight', 'q.ln.bn.weight')):
+                p.normal_(std=0.4)
+            if key.endswith('qkv.bn.weight'):
                 p.mul_(2)
         for key, b in model.named_buffers():
             if key.endswith('running_mean'):
@@ -121,9 +121,9 @@ class Written:
             order = sorted(range(n), key=lambda i: -g[i].item())
             kept.append(order[:k])
             rest.append(order[k:])
-            parts = [x[:1]] + [x[1 + i:2 + i] for i in kept[-1]]
+            parts = [x[[0] + [1 + i for i in kept[-1]]]]
             if rest[-1] and self.representative:
-                before.append(sum(g[i] * x[1 + i] for i in rest[-1]) / sum(g[i] for i in rest[-1]))
+                before.append(g[rest[-1]] @ x[1:][rest[-1]] / g[rest[-1]].sum())
                 parts.append(before[-1][None])
             slow.append(torch.cat(parts))
         if ratio < 1:
@@ -133,20 +133,22 @@ class Written:
             a = self.tradeoff()
             fresh = []
             for image, row in enumerate(rows):
-                g = [None] * n if gs is None else list(gs[image])
-                for position, i in enumerate(kept[image]):
-                    g[i] = row[1 + position] if gs is None else (1 - a) * g[i] + a * row[1 + position]
-                fresh.append(torch.stack(g))
+                own = row[1:1 + k]
+                if gs is None:
+                    fresh.append(own[torch.tensor(kept[image]).argsort()])
+                    continue
+                g = gs[image].clone()
+                g[kept[image]] = (1 - a) * g[kept[image]] + a * own
+                fresh.append(g)
             gs = fresh
         out = []
         for image, x in enumerate(xs):
-            rows = [slow[image][0]] + list(x[1:])
-            for i in rest[image]:
-                if self.representative:
-                    rows[1 + i] = rows[1 + i] + slow[image][-1] - before[image]
-            for position, i in enumerate(kept[image]):
-                rows[1 + i] = slow[image][1 + position]
-            out.append(torch.stack(rows))
+            x = x.clone()
+            if rest[image] and self.representative:
+                for i in rest[image]:
+                    x[1 + i] += slow[image][-1] - before[image]
+            x[[0] + [1 + i for i in kept[image]]] = slow[image][:1 + k]
+            out.append(x)
         return out, gs
 
     def __call__(self, x):
@@ -183,8 +185,8 @@ class Written:
 configurations = st.fixed_dictionaries(dict(
     seed=st.integers(0, 10_000),
     depth=st.lists(st.integers(1, 4), min_size=1, max_size=3),
-    height=st.integers(17, 96),
-    width=st.integers(17, 96),
+    height=st.integers(17, 80),
+    width=st.integers(17, 80),
     tradeoff=st.one_of(st.just('learned'), st.sampled_from([0., 0.5, 1.]), st.floats(0, 1)),
     selection=st.sampled_from(['stage', 'layer']),
     representative_token=st.booleans(),
@@ -193,7 +195,7 @@ configurations = st.fixed_dictionaries(dict(
 ))
 
 
-@settings(max_examples=40, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),
+@settings(max_examples=50, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(c=configurations)
 def test_matches_the_written_out_method(c):
@@ -254,17 +256,50 @@ def test_reference_runs_more_than_one_kind_of_stage():
     assert [t.block for t in informative_tokens(build(depth=(1, 1, 1), keep_ratio=(0.5, 1, 0.5)), images())] == [2]
 
 
-RECORDED = {}
+def recorded_model(**kwargs):
+    """Weights and statistics made by a formula, so that others can make the same."""
+    model = timm.create_model(NAME, **{**SMALL, 'img_size': 96}, **kwargs).double().eval()
+    for i, (key, value) in enumerate(sorted(model.state_dict().items())):
+        wave = torch.arange(value.numel(), dtype=torch.float64).mul(1.7 + 0.013 * i).add(i).sin().view(value.shape)
+        if key.endswith(('running_var', 'bn.weight')):
+            value.copy_(0.8 + 0.3 * wave)
+        elif key.endswith('linear.weight'):
+            value.copy_(wave * (3 if 'qkv' in key else 1.5) / value[0].numel() ** 0.5)
+        elif not key.endswith('num_batches_tracked'):
+            value.copy_(0.5 * wave)
+    x = torch.arange(2 * 3 * 96 * 96, dtype=torch.float64)
+    return model, x.pow(1.5).mul(0.01).sin().mul(2).view(2, 3, 96, 96)
+
+
+# What the authors' code makes of it: the first logits of both images, and of all four heads in training mode
+RECORDED = {
+    'stage': [1.904415, 0.154585, -2.479242, -2.029588, 1.803043, 0.239688, -2.370998, -1.776336,
+              0.939282, 0.145263, 1.327118, 1.87419],
+    'layer': [1.905194, 0.153182, -2.482204, -2.030425, 1.78681, 0.241702, -2.407164, -1.784079,
+              0.906018, -0.363696, 1.733169, 2.682007],
+}
+
+
+@pytest.mark.parametrize('selection', ['stage', 'layer'])
+def test_figures_of_the_authors_code(selection):
+    model, x = recorded_model(selection=selection)
+    with torch.no_grad():
+        logits = model(x)
+        model.set_distilled_training()
+        model.set_assisted_training()
+        (main, dist), (main_cls, dist_cls) = model.train()(torch.cat([x, x.flip(3)]))
+    got = logits[:, :4].flatten().tolist() + [y[0, 0].item() for y in (main, dist, main_cls, dist_cls)]
+    assert got == pytest.approx(RECORDED[selection], rel=0, abs=2e-6)
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(selection='layer'), dict(tradeoff=0.25)])
 def test_images_do_not_depend_on_the_batch(kwargs):
-    model = build(**kwargs)
-    x = images(5)
+    model = build(**kwargs).double()
+    x = images(5).double()
     with torch.no_grad():
         together = model(x)
-        torch.testing.assert_close(together, torch.cat([model(image[None]) for image in x]), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(together.flip(0), model(x.flip(0)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together, torch.cat([model(image[None]) for image in x]))
+        torch.testing.assert_close(together.flip(0), model(x.flip(0)))
 
 
 def test_set_keep_ratio_touches_no_weights():
@@ -490,23 +525,28 @@ def test_heads_follow_the_readout():
     assert all(f'{name}.weight' in model.state_dict() for name in model.default_cfg['classifier'])
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(selection='layer', tradeoff=0.3), dict(assisted_cls=False, keep_ratio=1)])
-def test_script_fx_export_and_compile(kwargs):
+@pytest.mark.parametrize('kwargs', [{}, dict(selection='layer', tradeoff=0.3, assisted_cls=False)])
+def test_script_and_fx(kwargs):
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
     model = build(**kwargs)
+    many = images(5, seed=2)
+    with torch.no_grad():
+        expected = model(many)
+        torch.testing.assert_close(torch.jit.script(model)(many), expected, rtol=1e-4, atol=1e-4)
+        node = get_graph_node_names(model)[1][-1]
+        torch.testing.assert_close(create_feature_extractor(model, [node])(many)[node], expected)
+    model.train()
+    torch.testing.assert_close(torch.jit.script(model)(many), model(many), rtol=1e-3, atol=1e-3)
+
+
+def test_export_and_compile():
+    model = build(depth=(3, 1), embed_dim=(16, 24), num_heads=(2, 3), out_indices=(0, 1))
     x, many = images(), images(5, seed=2)
     with torch.no_grad():
-        expected, expected_many = model(x), model(many)
-        torch.testing.assert_close(torch.jit.script(model)(many), expected_many)
-        node = get_graph_node_names(model)[1][-1]
-        torch.testing.assert_close(create_feature_extractor(model, [node])(many)[node], expected_many)
-        dim = torch.export.Dim('batch', min=2, max=64)
-        exported = torch.export.export(model, (x,), dynamic_shapes=({0: dim},))
-        torch.testing.assert_close(exported.module()(many), expected_many)
-        torch.testing.assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(x), expected)
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch', min=2, max=64)},))
+        torch.testing.assert_close(exported.module()(many), model(many))
     model.train()
-    torch.testing.assert_close(torch.jit.script(model)(many), model(many))
-    torch.testing.assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(many), model(many))
+    torch.testing.assert_close(torch.compile(model, backend='eager', fullgraph=True)(many), model(many))
 
 
 def test_low_precision_and_meta():
@@ -691,7 +731,6 @@ def test_wrong_checkpoints_are_named():
     (dict(tradeoff=float('nan')), ValueError, 'nan'),
     (dict(tradeoff='half'), ValueError, "'half'"),
     (dict(tradeoff=True), TypeError, 'True'),
-    (dict(tradeoff=None), TypeError, 'None'),
     (dict(tradeoff=(0.5, 0.5)), TypeError, '0.5, 0.5'),
     (dict(selection='token'), ValueError, "'stage' or 'layer', got 'token'"),
     (dict(use_conv=True), ValueError, 'use_conv=True'),
