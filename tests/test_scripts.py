@@ -20,7 +20,8 @@ SMALL = ['img_size=32', 'patch_size=4', 'embed_dim=48', 'num_heads=3', 'depth=6'
 
 def run(script, *args, cwd):
     done = subprocess.run(
-        [sys.executable, str(script), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=600)
+        [sys.executable, str(script), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=1500,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'})  # as many tests run at once as there are cores
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
     return done.stdout + done.stderr
 
@@ -44,7 +45,7 @@ def test_train_validate_resume(digits, tmp_path, extra):
     repo = Path(os.environ['TIMM_REPO'])
     common = [
         '--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL, *extra, '--data-dir', digits,
-        '--num-classes', 10, '--img-size', 32, '-b', 64, '--device', 'cpu', '--workers', 0]
+        '--num-classes', 10, '--img-size', 32, '-b', 64, '--device', 'cpu', '--workers', 1]
     train = [*common, '--lr', 1e-3, '--warmup-epochs', 0, '--model-ema', '--output', tmp_path, '--experiment', 'run']
     log = run(repo / 'train.py', *train, '--epochs', 2, cwd=tmp_path)
     assert 'evo_deit_tiny_patch16_224 created' in log
@@ -63,7 +64,7 @@ def test_quickstart(tmp_path):
     """One epoch of it; what a whole run reaches is in the README."""
     pytest.importorskip('sklearn', reason="the examples need pip install -e '.[examples]'")
     from PIL import Image
-    log = run(EXAMPLES / 'quickstart.py', '--epochs', 1, '--output', tmp_path / 'out', cwd=tmp_path)
+    log = run(EXAMPLES / 'quickstart.py', '--epochs', 1, '--batch-size', 128, '--output', tmp_path / 'out', cwd=tmp_path)
     result = json.loads((tmp_path / 'out' / 'result.json').read_text())
     assert len(result['models']) == 2 and result['validation_images'] == 360
     for name, r in result['models'].items():
