@@ -105,7 +105,7 @@ class Runner:
         """Seconds per step, over as many steps as fill `seconds`."""
         steps = 0
         start = now = self._now()
-        while now - start < seconds:
+        while not steps or now - start < seconds:
             self.step()
             steps += 1
             now = self._now()

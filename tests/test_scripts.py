@@ -46,7 +46,7 @@ def test_train_validate_resume(digits, tmp_path, extra):
     common = [
         '--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL, *extra, '--data-dir', digits,
         '--num-classes', 10, '--img-size', 32, '-b', 64, '--device', 'cpu', '--workers', 1]
-    train = [*common, '--lr', 1e-3, '--warmup-epochs', 0, '--model-ema', '--output', tmp_path, '--experiment', 'run']
+    train = [*common, '--lr', 1e-3, '--warmup-epochs', 0, '--output', tmp_path, '--experiment', 'run']
     log = run(repo / 'train.py', *train, '--epochs', 2, cwd=tmp_path)
     assert 'evo_deit_tiny_patch16_224 created' in log
     checkpoint = tmp_path / 'run' / 'last.pth.tar'
