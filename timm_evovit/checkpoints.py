@@ -141,8 +141,8 @@ def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> 
     state_dict = state_dict.get('state_dict', state_dict)
     if any('attention_biases' in k for k in state_dict):
         raise ValueError(
-            'The checkpoint is of a LeViT, it has attention_biases and no class token. Evo-LeViT has position embeddings '
-            'and a class token instead, and selects by the attention of the latter: it needs weights of its own.')
+            'The checkpoint is of a LeViT, it has attention_biases and no class token. Evo-LeViT has position '
+            'embeddings and a class token instead, and selects by the attention of that: it needs weights of its own.')
     if any(k.startswith('patch_embed.') for k in state_dict):
         state_dict = _rename_levit(state_dict)
     dropped = () if model.head_cls is not None else ('head_cls.', 'head_cls_dist.')

@@ -144,7 +144,6 @@ class EvoLevitAttentionDownsample(nn.Module):
             grid_size: Tuple[int, int],
             act_layer: Type[nn.Module],
             tradeoff: float,
-            representative_token: bool,
             device=None,
             dtype=None,
     ) -> None:
@@ -156,7 +155,6 @@ class EvoLevitAttentionDownsample(nn.Module):
         self.val_dim = int(attn_ratio * key_dim)
         self.grid_size = grid_size
         self.tradeoff = tradeoff
-        self.representative_token = representative_token
         self.live = False  # a later selection reads the global class attention
 
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size[0] * grid_size[1], in_dim, **dd))
@@ -194,10 +192,7 @@ class EvoLevitAttentionDownsample(nn.Module):
         if not self.live:
             return x, None
 
-        row = evolution.class_attention(q, k, self.scale)
-        if not self.representative_token:
-            row = row.detach()
-        row = subsample(row[:, 1:], self.grid_size)
+        row = subsample(evolution.class_attention(q, k, self.scale)[:, 1:], self.grid_size)
         if attention is None:
             return x, row
         total = attention.sum(dim=1, keepdim=True)
@@ -218,7 +213,6 @@ class EvoLevitDownsample(nn.Module):
             attn_act_layer: Type[nn.Module],
             drop_path: float,
             tradeoff: float,
-            representative_token: bool,
             device=None,
             dtype=None,
     ) -> None:
@@ -233,7 +227,6 @@ class EvoLevitDownsample(nn.Module):
             grid_size=grid_size,
             act_layer=attn_act_layer,
             tradeoff=tradeoff,
-            representative_token=representative_token,
             **dd,
         )
         self.mlp = LevitMlp(out_dim, 2 * out_dim, act_layer=act_layer, **dd)
@@ -327,8 +320,7 @@ class EvoLevitStage(nn.Module):
         self.grid_size = grid_size
         self.num_attentions = len(schedule.live)
         self.downsample = None if in_grid_size is None else EvoLevitDownsample(
-            in_dim, out_dim, key_dim, in_grid_size, act_layer, attn_act_layer, drop_path, tradeoff,
-            representative_token, **dd)
+            in_dim, out_dim, key_dim, in_grid_size, act_layer, attn_act_layer, drop_path, tradeoff, **dd)
         blocks = [
             EvoLevitBlock(
                 out_dim, key_dim, num_heads, attn_ratio, mlp_ratio, act_layer, attn_act_layer, drop_path, **dd)
@@ -421,8 +413,8 @@ class EvoLevit(Levit):
             attn_act_layer: Activation in attention, the same by default.
             use_conv: Not supported, token selection works on sequences.
             drop_path_rate: Stochastic depth rate, the same everywhere.
-            keep_ratio: Ratio of informative patches in (0, 1], one for all stages or one per stage. Blocks 0 and 1 of the
-                first stage always see all patches.
+            keep_ratio: Ratio of informative patches in (0, 1], one for all stages or one per stage. Blocks 0 and 1
+                of the first stage always see all patches.
             tradeoff: Weight in [0, 1] of each attention's class attention in the global class attention, or 'learned',
                 one scalar per attention.
             selection: When informative patches are selected anew, at each 'stage' or before each 'layer' of it.
@@ -437,7 +429,7 @@ class EvoLevit(Levit):
         """
         dd = {'device': device, 'dtype': dtype}
         if use_conv:
-            raise ValueError('use_conv=True is not supported: tokens are selected from sequences, not from feature maps.')
+            raise ValueError('use_conv=True is not supported: tokens are selected from sequences, not from maps.')
         num_stages = len(embed_dim)
         if len(depth) != num_stages:
             raise ValueError(f'depth must be one number per stage, {num_stages} by embed_dim, got {depth!r}.')
@@ -732,7 +724,8 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'stem.conv1.linear',
         'classifier': ('head.linear', 'head_dist.linear', 'head_cls.linear', 'head_cls_dist.linear'),
-        'paper_ids': 'arXiv:2108.01390', 'paper_name': 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer',
+        'paper_ids': 'arXiv:2108.01390',
+        'paper_name': 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer',
         'origin_url': 'https://github.com/YifanXu74/Evo-ViT',
         **kwargs
     }
