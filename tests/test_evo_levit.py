@@ -404,7 +404,7 @@ def test_loss_of_the_recipe():
 
 
 def test_token_distillation_task():
-    task = pytest.importorskip('timm.task')
+    from timm import task
     model = build().train()
     teacher = timm.create_model('test_vit', num_classes=10, img_size=64)
     training = task.TokenDistillationTask(

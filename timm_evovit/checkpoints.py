@@ -85,7 +85,7 @@ def check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> N
     """
     own = model.state_dict()
     adapted = ('head', 'patch_embed.proj', 'stem.conv1')
-    missing = [k for k in own if k not in state_dict and not k.startswith('head')]
+    missing = [k for k in own if k not in state_dict and not k.startswith(('head', 'epochs_started'))]
     unexpected = [k for k in state_dict if k not in own and not k.startswith('head')]
     wrong = [
         f'{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}'
@@ -100,6 +100,13 @@ def check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> N
         raise ValueError(f'The checkpoint does not fit {type(model).__name__}; ' + '; '.join(faults) + '.')
 
 
+def _weights(state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+    """The weights in a checkpoint, without the epochs that they were trained for: a new training starts from none."""
+    state_dict = state_dict.get('model', state_dict)
+    state_dict = state_dict.get('state_dict', state_dict)
+    return {k: v for k, v in state_dict.items() if k != 'epochs_started'}
+
+
 def deit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Make a checkpoint fit an EvoVisionTransformer.
 
@@ -109,8 +116,7 @@ def deit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> D
     Raises:
         ValueError: Keys or shapes do not fit.
     """
-    state_dict = state_dict.get('model', state_dict)
-    state_dict = state_dict.get('state_dict', state_dict)
+    state_dict = _weights(state_dict)
     if any(k.startswith('qks.') for k in state_dict):
         state_dict = _rename_deit(state_dict)
     if model.head_cls is None:
@@ -137,8 +143,7 @@ def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> 
     Raises:
         ValueError: Keys or shapes do not fit, or the weights are those of a LeViT.
     """
-    state_dict = state_dict.get('model', state_dict)
-    state_dict = state_dict.get('state_dict', state_dict)
+    state_dict = _weights(state_dict)
     if any('attention_biases' in k for k in state_dict):
         raise ValueError(
             'The checkpoint is of a LeViT, it has attention_biases and no class token. Evo-LeViT has position '

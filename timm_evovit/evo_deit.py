@@ -69,7 +69,7 @@ class EvoBlock(Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class EvoVisionTransformer(VisionTransformer):
+class EvoVisionTransformer(training.LayerToStage, VisionTransformer):
     """Vision Transformer with slow-fast token evolution.
 
     Class attention tells informative patches from placeholders. Informative patches go through the blocks,
@@ -91,6 +91,7 @@ class EvoVisionTransformer(VisionTransformer):
             selection: str = 'stage',
             representative_token: bool = False,
             assisted_cls: bool = True,
+            layer_to_stage_epochs: int = 0,
             **kwargs: Any,
     ) -> None:
         """
@@ -110,6 +111,8 @@ class EvoVisionTransformer(VisionTransformer):
                 until the stage ends (released code and weights).
             assisted_cls: With 'avg' pooling, classify the class token as well while training, with a norm and head
                 of its own (paper section 'Assisted CLS token loss').
+            layer_to_stage_epochs: Select layer-wise in so many epochs of training, then stage-wise (paper section
+                'Layer-to-stage training schedule'; 200 of 300 epochs there).
             **kwargs: Arguments of timm's VisionTransformer.
 
         Raises:
@@ -148,13 +151,19 @@ class EvoVisionTransformer(VisionTransformer):
         self.assisted_cls = assisted_cls
         self.assisted_training = False  # must set this True to train w/ both heads' logits
         self._reset_cls_head()
+        self._init_layer_to_stage(layer_to_stage_epochs, self.selection, self.cls_token.device)
 
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
 
     def _schedule(self) -> evolution.Schedule:
-        return evolution.Schedule.build(self.tradeoff, self.stages, self.keep_ratio, self.selection)
+        selection = 'layer' if self.layerwise_phase else self.selection
+        return evolution.Schedule.build(self.tradeoff, self.stages, self.keep_ratio, selection)
+
+    @torch.jit.ignore
+    def _set_schedule(self) -> None:
+        self.blocks.set_schedule(self._schedule())
 
     def _reset_cls_head(self) -> None:
         """Give the class token a norm and a classifier where it has something to assist."""
@@ -179,7 +188,7 @@ class EvoVisionTransformer(VisionTransformer):
             TypeError, ValueError: As at construction; the model is then unchanged.
         """
         self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
-        self.blocks.set_schedule(self._schedule())
+        self._set_schedule()
 
     @torch.jit.ignore
     def set_assisted_training(self, enable: bool = True) -> None:
@@ -216,7 +225,7 @@ class EvoVisionTransformer(VisionTransformer):
         self.stages = tuple(s for s in self.stages if s < depth)
         self.keep_ratio = self.keep_ratio[:len(self.stages)]
         self.tradeoff = self.tradeoff[:depth]
-        self.blocks.set_schedule(self._schedule())
+        self._set_schedule()
         return take_indices
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:

@@ -364,7 +364,7 @@ class EvoLevitStage(nn.Module):
         return x, attention, selections
 
 
-class EvoLevit(Levit):
+class EvoLevit(training.LayerToStage, Levit):
     """LeViT with slow-fast token evolution.
 
     A class token and position embeddings take the place of attention biases. Class attention tells informative patches
@@ -396,6 +396,7 @@ class EvoLevit(Levit):
             selection: str = 'stage',
             representative_token: bool = True,
             assisted_cls: bool = True,
+            layer_to_stage_epochs: int = 0,
             **kwargs: Any,
     ) -> None:
         """
@@ -422,6 +423,8 @@ class EvoLevit(Levit):
                 stage ends.
             assisted_cls: With 'avg' pooling, classify the class token as well while training, by two heads of its own
                 (paper section 'Assisted CLS token loss').
+            layer_to_stage_epochs: Select layer-wise in so many epochs of training, with a tradeoff of 0.5 that is not
+                learned, then stage-wise (paper section 'Layer-to-stage training schedule'; 200 of 300 epochs there).
             **kwargs: Arguments of timm's Levit.
 
         Raises:
@@ -478,6 +481,7 @@ class EvoLevit(Levit):
         self.distilled_training = False  # must set this True to train w/ separate logits for distillation
         self.assisted_training = False  # must set this True to train w/ the logits of both branches
         self.reset_classifier(num_classes)
+        self._init_layer_to_stage(layer_to_stage_epochs, selection, device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -515,11 +519,13 @@ class EvoLevit(Levit):
                 starts.append(len(tradeoff) + dense)
                 ratios.append(self.keep_ratio[i])
             tradeoff += [self.fixed_tradeoff] * num_blocks
-        keep, live = evolution.Schedule.build(tradeoff, starts, ratios, self.selection)
+        selection = 'layer' if self.layerwise_phase else self.selection
+        keep, live = evolution.Schedule.build(tradeoff, starts, ratios, selection)
         ends = bounds[1:] + [len(tradeoff)]
         return [evolution.Schedule(keep[a:b], live[a:b]) for a, b in zip(bounds, ends)]
 
-    def _set_schedules(self) -> None:
+    @torch.jit.ignore
+    def _set_schedule(self) -> None:
         for stage, schedule in zip(self.stages, self._schedules([len(stage.blocks) for stage in self.stages])):
             stage.set_schedule(schedule)
 
@@ -534,7 +540,7 @@ class EvoLevit(Levit):
             TypeError, ValueError: As at construction; the model is then unchanged.
         """
         self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
-        self._set_schedules()
+        self._set_schedule()
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
@@ -600,7 +606,7 @@ class EvoLevit(Levit):
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         self.keep_ratio = self.keep_ratio[:len(self.stages)]
-        self._set_schedules()
+        self._set_schedule()
         return take_indices
 
     def _evolve(
@@ -616,7 +622,8 @@ class EvoLevit(Levit):
         cls_token = self.cls_token
         tradeoff: Optional[torch.Tensor] = None
         if self.tradeoff is not None:
-            tradeoff = self.tradeoff.sigmoid()
+            if not self.layerwise_phase:
+                tradeoff = self.tradeoff.sigmoid()
             if self.training:  # a gradient, of zero, even where no selection depends on a tradeoff
                 cls_token = cls_token + 0. * self.tradeoff.sum()
         x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed

@@ -4,6 +4,8 @@ from typing import List, NamedTuple
 import torch
 from torch import nn
 
+from .training import evaluating
+
 __all__ = ['InformativeTokens', 'informative_tokens']
 
 
@@ -30,15 +32,10 @@ def informative_tokens(model: nn.Module, images: torch.Tensor) -> List[Informati
     """
     if not hasattr(model, 'forward_selections'):
         raise TypeError(f'informative_tokens takes a model that evolves tokens, got {type(model).__name__}.')
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        found = []
+    found = []
+    with evaluating(model):
         for selection, (H, W) in model.forward_selections(images):
             mask = torch.zeros_like(selection.attention, dtype=torch.bool).scatter(1, selection.kept, True)
             found.append(InformativeTokens(
                 selection.block, mask.unflatten(1, (H, W)), selection.attention.unflatten(1, (H, W))))
-        return found
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    return found

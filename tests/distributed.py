@@ -1,0 +1,66 @@
+"""Training steps of the distributed test, importable by the processes that it starts."""
+import timm
+import torch
+from timm import task
+from torch import distributed, nn
+
+from test_evo_deit import build as build_deit
+from test_evo_levit import build as build_levit
+from timm_evovit import AssistedLoss
+
+STEPS = 3
+PER_RANK = 4  # even, so that the joined batch alternates between the heads as each rank's does
+SELECTIONS = {'stage': {}, 'layer': dict(selection='layer'), 'switch': dict(layer_to_stage_epochs=2)}
+CASES = [(family, selection, loss)
+         for family, losses in (('deit', ('alternating', 'exact')), ('levit', ('alternating', 'distilled')))
+         for selection in SELECTIONS for loss in losses]
+
+
+class Teacher(nn.Module):
+    """Says a class by the brightness of an image."""
+
+    def forward(self, x):
+        return torch.nn.functional.one_hot(x.mean(dim=(1, 2, 3)).mul(1000).long() % 10, 10).float()
+
+
+def make_task(family, selection, loss):
+    build = dict(deit=build_deit, levit=build_levit)[family]
+    model = build(depth=(3, 1, 2) if family == 'levit' else 4, **SELECTIONS[selection])
+    if loss == 'distilled':
+        return task.TokenDistillationTask(
+            model, Teacher(), nn.CrossEntropyLoss(), distill_type='hard', task_loss_weight=0.5, verbose=False)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    if loss == 'exact':
+        model.set_assisted_training()
+        criterion = AssistedLoss(criterion)
+    return task.ClassificationTask(model, criterion, verbose=False)
+
+
+def batch(family, step, rank):
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    size = 64 if family == 'levit' else 32
+    return torch.randn(PER_RANK, 3, size, size, generator=generator), torch.arange(PER_RANK) + step + rank
+
+
+def make_optimizer(model):
+    return torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+
+
+def train_rank(rank, folder):
+    """One of two processes: every case, an epoch per step."""
+    torch.set_num_threads(1)
+    distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    for case in CASES:
+        training = make_task(*case)
+        model = training.trainable_module
+        training.prepare_distributed()  # unused parameters are an error in the second step
+        optimizer = make_optimizer(model)
+        phases = []
+        for step in range(STEPS):
+            training.train()
+            training(*batch(case[0], step, rank))['loss'].backward()
+            phases.append(model.layerwise_phase)
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.save((model.state_dict(), phases), f'{folder}/{"-".join(case)}-{rank}.pt')
+    distributed.destroy_process_group()

@@ -1,0 +1,320 @@
+"""Training as the paper does it: schedule, distributed and mixed precision training, and timm's training utilities."""
+import copy
+from collections import OrderedDict
+
+import distributed
+import pytest
+import timm
+import torch
+from distributed import build_deit, build_levit
+from timm.utils import ModelEmaV3
+from torch.nn import functional as F
+
+from timm_evovit import informative_tokens
+
+FAMILIES = {
+    'deit': lambda **kwargs: build_deit(**{'depth': 6, **kwargs}),
+    'levit': lambda **kwargs: build_levit(**{'depth': (4, 2, 2), **kwargs}),
+}
+both = pytest.mark.parametrize('family', FAMILIES)
+
+
+def images(family, n=4, seed=1):
+    size = 64 if family == 'levit' else 32
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model, x):
+    return torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+
+
+# Layer-to-stage schedule
+
+def twin(family, model, **kwargs):
+    """A model without a schedule that holds the same weights."""
+    other = FAMILIES[family](**kwargs)
+    other.load_state_dict(model.state_dict(), strict=family == 'deit' or 'tradeoff' not in kwargs)
+    return other
+
+
+@both
+def test_layer_wise_for_so_many_epochs(family):
+    model = FAMILIES[family](layer_to_stage_epochs=2)
+    x = images(family)
+    fixed = dict(tradeoff=0.5) if family == 'levit' else {}
+    layer = twin(family, model, selection='layer', **fixed).train()
+    stage = twin(family, model).train()
+    expected = [F.log_softmax(m(x), dim=1) for m in (layer, layer, stage, stage)]
+    assert not torch.allclose(expected[0], expected[2])
+    for epoch, y in enumerate(expected):
+        model.train()
+        assert model.epochs_started == epoch + 1 and model.layerwise_phase == (epoch < 2)
+        torch.testing.assert_close(F.log_softmax(model(x), dim=1), y)
+        model.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), twin(family, model).eval()(x))
+    assert [len(informative_tokens(m, x)) for m in (model, stage)] == [len(informative_tokens(stage, x))] * 2
+
+
+@both
+def test_set_epoch_takes_over_from_counting(family):
+    model = FAMILIES[family](layer_to_stage_epochs=2).train()
+    for epoch, layerwise in ((0, True), (1, True), (2, False), (1, True), (300, False)):
+        model.set_epoch(epoch)
+        assert model.layerwise_phase == layerwise
+        for _ in range(3):  # a loop that validates within an epoch
+            assert not model.eval().layerwise_phase
+            assert model.train().layerwise_phase == layerwise
+    FAMILIES[family]().set_epoch(1)  # nothing to schedule
+    for epoch, error in ((-1, ValueError), (1.0, TypeError), (True, TypeError), ('1', TypeError)):
+        with pytest.raises(error, match=f'epoch must be .*{epoch}'):
+            model.set_epoch(epoch)
+    assert model.epochs_started == 301
+
+
+@both
+@pytest.mark.parametrize('kwargs, error, message', [
+    (dict(layer_to_stage_epochs=-1), ValueError, 'layer_to_stage_epochs must be 0 or more epochs, got -1'),
+    (dict(layer_to_stage_epochs=0.5), TypeError, 'layer_to_stage_epochs must be a number of epochs .* got 0.5'),
+    (dict(layer_to_stage_epochs=9, selection='layer'), ValueError, "layer_to_stage_epochs=9 .* needs selection='stage'"),
+])
+def test_bad_schedules(family, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        FAMILIES[family](**kwargs)
+
+
+@both
+def test_the_count_goes_where_the_weights_go(family, tmp_path):
+    model = FAMILIES[family](layer_to_stage_epochs=2)
+    ema = ModelEmaV3(model, decay=0.5)
+    for _ in range(2):
+        model.train()
+        model.eval()
+    ema.update(model)
+    torch.save({'state_dict': model.state_dict(), 'state_dict_ema': ema.module.state_dict()}, tmp_path / 'last.pth.tar')
+    for key in ('state_dict', 'state_dict_ema'):
+        resumed = FAMILIES[family](layer_to_stage_epochs=2)
+        resumed.load_state_dict(torch.load(tmp_path / 'last.pth.tar')[key])
+        for other in (resumed, copy.deepcopy(resumed)):
+            assert other.epochs_started == 2 and not other.train().layerwise_phase
+    plain = FAMILIES[family](seed=1)
+    assert 'epochs_started' not in plain.state_dict()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(plain(images(family)), model(images(family)))
+    state = plain.state_dict()
+    model.load_state_dict(state)
+    assert model.epochs_started == 2 and 'epochs_started' not in state
+    assert model.load_state_dict(OrderedDict(), strict=False).unexpected_keys == []
+
+
+@both
+def test_weights_of_a_finished_training_start_a_new_one(family):
+    model = FAMILIES[family](layer_to_stage_epochs=1)
+    model.set_epoch(7)
+    create = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=model.state_dict(), num_classes=10))
+    for epochs in (0, 1):
+        tuned = FAMILIES[family](layer_to_stage_epochs=epochs, num_classes=3, **create)
+        assert tuned.head is not None and (not epochs or tuned.train().layerwise_phase)
+
+
+@both
+def test_a_scheduled_model_from_the_meta_device(family):
+    model = FAMILIES[family](layer_to_stage_epochs=1)
+    model.set_epoch(5)
+    model.init_weights()
+    assert model.epochs_started == 0 and model.layerwise_phase == model.training
+    name = {'deit': 'evo_deit_tiny', 'levit': 'evo_levit_128s'}[family]
+    meta = timm.create_model(name, layer_to_stage_epochs=1, device='meta')
+    assert meta.train().layerwise_phase and not meta.eval().layerwise_phase
+
+
+@both
+def test_informative_tokens_starts_no_epoch(family):
+    model = FAMILIES[family](layer_to_stage_epochs=1).train()
+    selections = len(informative_tokens(model, images(family)))
+    assert model.epochs_started == 1 and model.layerwise_phase and model.training
+    assert selections == len(informative_tokens(FAMILIES[family](), images(family)))
+
+
+@both
+def test_the_switch_compiles_once(family):
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    compiled, counter = FAMILIES[family](layer_to_stage_epochs=2), CompileCounter()
+    model = torch.compile(compiled, backend=counter, fullgraph=True)
+    x = images(family)
+    counts = []
+    for _ in range(4):
+        model.train()
+        model(x).sum().backward()
+        model.eval()
+        with torch.no_grad():
+            model(x)
+        counts.append(counter.frame_count)
+    assert compiled.epochs_started == 4 and counts == [2, 2, 3, 3]
+
+
+def test_tradeoff_waits_for_the_switch():
+    model = build_levit(layer_to_stage_epochs=1)
+    x = images('levit')
+    assert model.tradeoff.abs().min() > 0  # would matter if it were used
+    for epoch in range(2):
+        model.train()
+        model.zero_grad()
+        model(x).square().sum().backward()
+        assert (model.tradeoff.grad != 0).any() == (epoch == 1)
+    fresh = timm.create_model('evo_levit_128s', img_size=64, layer_to_stage_epochs=1, num_classes=10).train()
+    optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.1, weight_decay=0.)
+    fresh(x).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(fresh.tradeoff.sigmoid(), torch.full_like(fresh.tradeoff, 0.5))
+
+
+# More than one process
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('ranks')
+    torch.multiprocessing.spawn(distributed.train_rank, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize('case', distributed.CASES, ids='-'.join)
+def test_distributed(two_processes, case):
+    """Both ranks end with the same parameters, those of one process that has seen the joined batches."""
+    ranks = [torch.load(two_processes / f'{"-".join(case)}-{rank}.pt') for rank in range(2)]
+    training = distributed.make_task(*case)
+    model = training.trainable_module
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = distributed.make_optimizer(model)
+    phases = []
+    for step in range(distributed.STEPS):
+        training.train()
+        batches = [distributed.batch(case[0], step, rank) for rank in range(2)]
+        if case[0] == 'deit':
+            batches = [[torch.cat(pair) for pair in zip(*batches)]]
+        for x, y in batches:  # batch norms see the samples of their own rank
+            (training(x, y)['loss'] / len(batches)).backward()
+        phases.append(model.layerwise_phase)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert phases == ranks[0][1] == ranks[1][1] == [case[1] == 'switch'] * 2 + [False]
+    for (name, p), before in zip(model.named_parameters(), start):
+        assert torch.equal(ranks[0][0][name], ranks[1][0][name]), name
+        torch.testing.assert_close(ranks[0][0][name], p.detach(), rtol=1e-4, atol=1e-5)
+        assert not torch.equal(p, before) or name == 'tradeoff' or 'bias' in name, f'{name} has not been trained'
+    if case[1] == 'switch':
+        assert ranks[0][0]['epochs_started'] == ranks[1][0]['epochs_started'] == distributed.STEPS
+
+
+# What timm's train.py can be asked for
+
+@both
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_mixed_precision(family, dtype):
+    """A batch is learned under autocast and loss scaling, with half precision where it pays."""
+    model = FAMILIES[family](representative_token=True, layer_to_stage_epochs=1).train()
+    x, y = images(family), torch.arange(4)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 8, enabled=dtype == torch.float16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
+    for step in range(16):
+        model.set_epoch(step // 8)  # layer-wise, then stage-wise
+        with torch.autocast('cpu', dtype):
+            output = model(x)
+            loss = F.cross_entropy(output, y)
+        assert output.dtype == dtype
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0], losses
+
+
+def test_gradient_accumulation():
+    model = FAMILIES['deit']().train()
+    x, y = images('deit', 8), torch.arange(8)
+    whole = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    for part in (slice(0, 4), slice(4, 8)):
+        (F.cross_entropy(model(x[part]), y[part]) / 2).backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(whole), rtol=1e-4, atol=1e-6)
+
+
+@both
+def test_channels_last(family):
+    model = FAMILIES[family]().double().train()
+    x = images(family).double()
+    expected = gradients(model, x)
+    last = model.to(memory_format=torch.channels_last)
+    got = gradients(last, x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(got, expected)
+
+
+@both
+@pytest.mark.parametrize('kwargs', [{}, dict(selection='layer')])
+def test_compiled_training(family, kwargs):
+    torch._dynamo.reset()
+    model = FAMILIES[family](**kwargs).train()
+    x = images(family)
+    expected = gradients(model, x)
+    torch.testing.assert_close(
+        gradients(torch.compile(model, backend='aot_eager', fullgraph=True), x), expected, rtol=1e-4, atol=1e-5)
+    model.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(x), model(x))
+
+
+@both
+def test_checkpointed_gradients_through_the_schedule(family):
+    model = FAMILIES[family](layer_to_stage_epochs=1)
+    for _ in range(2):
+        model.train()
+        expected = gradients(model, images(family))
+        model.set_grad_checkpointing()
+        torch.testing.assert_close(gradients(model, images(family)), expected)
+        model.set_grad_checkpointing(False)
+
+
+@both
+def test_ema_averages_weights(family):
+    model = FAMILIES[family](layer_to_stage_epochs=3).train()
+    ema = ModelEmaV3(model, decay=0.75)
+    start = {k: v.detach().clone() for k, v in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.)
+    ema.update(model)
+    for name, p in ema.module.named_parameters():
+        torch.testing.assert_close(p, start[name] + 0.25)
+    assert not ema.module.training and not ema.module.layerwise_phase and model.layerwise_phase
+
+
+@both
+def test_fine_tuning_at_another_size_with_other_classes(family, tmp_path):
+    model = FAMILIES[family](seed=3)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
+    size = 96 if family == 'levit' else 48
+    tuned = FAMILIES[family](
+        num_classes=4, img_size=size, pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.pth'), num_classes=10))
+    assert tuned.train()(torch.randn(2, 3, size, size)).shape == (2, 4)
+
+
+@both
+def test_layer_decay(family):
+    from timm.optim import param_groups_layer_decay
+    model = FAMILIES[family](layer_to_stage_epochs=1)
+    groups = param_groups_layer_decay(
+        model, weight_decay=0.05, layer_decay=0.8, no_weight_decay_list=model.no_weight_decay())
+    scale = {id(p): g['lr_scale'] for g in groups for p in g['params']}
+    assert len(scale) == len(list(model.parameters()))
+    stem = [p for n, p in model.named_parameters() if n.startswith(('patch_embed', 'stem', 'pos_embed', 'cls_token'))]
+    assert len({scale[id(p)] for p in stem}) == 1 and scale[id(stem[0])] == min(scale.values())
+    heads = [p for n, p in model.named_parameters() if n.startswith('head')]
+    assert {scale[id(p)] for p in heads} == {1}
+    blocks = model.blocks if family == 'deit' else [b for s in model.stages for b in s.blocks]
+    rates = [scale[id(next(b.parameters()))] for b in blocks]
+    assert rates == sorted(rates) and len(set(rates)) == len(blocks)
