@@ -54,8 +54,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 def create(name: str, args: argparse.Namespace, **kwargs: Any) -> torch.nn.Module:
     if args.img_size:
         kwargs['img_size'] = args.img_size
-    model = timm.create_model(name, num_classes=args.num_classes, **args.model_kwargs, **kwargs).train(args.train)
-    return reparameterize_model(model) if args.reparam else model
+    return timm.create_model(name, num_classes=args.num_classes, **args.model_kwargs, **kwargs)
 
 
 def input_size(model: torch.nn.Module, args: argparse.Namespace) -> List[int]:
@@ -63,9 +62,14 @@ def input_size(model: torch.nn.Module, args: argparse.Namespace) -> List[int]:
     return [chans, args.img_size or height, args.img_size or width]
 
 
+def parameters(name: str, args: argparse.Namespace) -> int:
+    """Number of parameters, batch norms not folded."""
+    return sum(p.numel() for p in create(name, args, device='meta').parameters())
+
+
 def multiply_adds(name: str, args: argparse.Namespace) -> float:
     """Multiply-adds of one image in inference; counted on the meta device, where attention is plain matrix products."""
-    model = create(name, argparse.Namespace(**{**vars(args), 'train': False, 'reparam': False}), device='meta')
+    model = create(name, args, device='meta').eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, *input_size(model, args), device='meta'))
     return counter.get_total_flops() / 2
@@ -77,7 +81,10 @@ class Runner:
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         device = torch.device(args.device)
         dtype = getattr(torch, args.dtype)
-        model = create(name, args).to(device)
+        model = create(name, args).train(args.train)
+        if args.reparam:
+            model = reparameterize_model(model)
+        model = model.to(device)
         x = torch.randn(args.batch_size, *input_size(model, args), device=device)
         if not args.train:
             model, x = model.to(dtype), x.to(dtype)
@@ -156,13 +163,15 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
         results = {}
         for name in names:
             progress.set_description(f'{name}: operations, memory')
-            results[name] = {'gmacs': multiply_adds(name, args) / 1e9, 'peak_memory': peak_memory_alone(name, args)}
+            results[name] = {
+                'params': parameters(name, args), 'gmacs': multiply_adds(name, args) / 1e9,
+                'peak_memory': peak_memory_alone(name, args), 'seconds': [],
+            }
             progress.update()
         runners = {}
         for name in names:
             progress.set_description(f'{name}: build')
             runners[name] = Runner(name, args)
-            results[name].update(params=sum(p.numel() for p in create(name, args, device='meta').parameters()), seconds=[])
             progress.update()
         for i in range(-args.warmup, args.rounds):
             for name in names if i % 2 == 0 else reversed(names):

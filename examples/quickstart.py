@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import matplotlib
 import numpy as np
@@ -32,19 +32,20 @@ from tqdm import tqdm
 
 from timm_evovit import AssistedLoss, informative_tokens
 
-MODELS = {  # evolving model, its dense twin, and what makes either small enough for digits
+MODELS = {  # evolving model, its dense twin, and what makes either small enough for digits and two CPU cores
     'evo_deit': ('evo_deit_tiny_patch16_224', 'deit_tiny_patch16_224', dict(
-        img_size=24, patch_size=4, embed_dim=64, depth=6, num_heads=4, global_pool='avg', weight_init='jax')),
+        num_classes=10, img_size=24, patch_size=4, embed_dim=64, depth=6, num_heads=4, global_pool='avg',
+        weight_init='jax')),
     'evo_levit': ('evo_levit_128s', 'levit_128s', dict(
-        img_size=96, embed_dim=(48, 64, 96), key_dim=8, num_heads=(3, 4, 6), depth=(4, 2, 2))),
+        num_classes=10, img_size=96, embed_dim=(48, 64, 96), key_dim=8, num_heads=(3, 4, 6), depth=(4, 2, 2))),
 }
-DATA = dict(mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', crop_pct=1.0)
+MEAN = STD = (0.5,) * 3
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='evo_deit', choices=sorted(MODELS))
-    parser.add_argument('--epochs', type=int, default=30)
+    parser.add_argument('--epochs', type=int, default=20)
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--lr', type=float, default=1e-3)
     parser.add_argument('--seed', type=int, default=0)
@@ -65,13 +66,24 @@ def write_digits(root: Path) -> Path:
     return root
 
 
+def create_loaders(root: Path, img_size: int, batch_size: int) -> Tuple[Any, Any]:
+    """timm's loaders of the folders root/train, augmented, and root/validation."""
+    data = dict(
+        input_size=(3, img_size, img_size), batch_size=batch_size, use_prefetcher=False, num_workers=0, mean=MEAN,
+        std=STD, interpolation='bicubic', crop_pct=1.0)
+    train = create_loader(
+        create_dataset('', root=root, split='train'), is_training=True, scale=(0.7, 1.0), hflip=0., color_jitter=None,
+        **data)
+    return train, create_loader(create_dataset('', root=root, split='validation'), **data)
+
+
 class Run:
     """One model in training."""
 
     def __init__(self, name: str, model_args: Dict[str, Any], updates_per_epoch: int, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.name = name
-        self.model = timm.create_model(name, num_classes=10, **model_args).to(args.device)
+        self.model = timm.create_model(name, **model_args).to(args.device)
         criterion: torch.nn.Module = LabelSmoothingCrossEntropy(0.1)
         if hasattr(self.model, 'set_assisted_training'):  # the paper's loss: one for the patches, one for the class token
             self.model.set_assisted_training()
@@ -88,17 +100,23 @@ class Run:
 
     def train_epoch(self, loader: Any, progress: tqdm) -> float:
         self.task.train()
-        start = time.perf_counter()
         for images, target in loader:
-            loss = self.task(images.to(self.device), target.to(self.device))['loss']
+            images, target = images.to(self.device), target.to(self.device)
+            start = self.now()
+            loss = self.task(images, target)['loss']
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
+            self.train_seconds += self.now() - start  # without loading, which costs all models the same
             self.updates += 1
             self.scheduler.step_update(self.updates)
             progress.update()
-        self.train_seconds += time.perf_counter() - start
         return loss.item()
+
+    def now(self) -> float:
+        if self.device.startswith('cuda'):
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     @torch.inference_mode()
     def top1(self, loader: Any) -> float:
@@ -109,28 +127,47 @@ class Run:
     @torch.inference_mode()
     def time_inference(self, images: torch.Tensor) -> None:
         self.model.eval()
-        start = time.perf_counter()
+        start = self.now()
         self.model(images)
-        if images.is_cuda:
-            torch.cuda.synchronize()
-        self.inference_seconds.append(time.perf_counter() - start)
+        self.inference_seconds.append(self.now() - start)
 
 
-def draw(model: torch.nn.Module, dataset: Any, data: Dict[str, Any], path: Path, count: int = 8) -> None:
+def train_in_turns(runs: List[Run], loader: Any, epochs: int, description: str = '') -> None:
+    """Train all models, epoch by epoch in turns."""
+    with tqdm(total=len(runs) * epochs * len(loader), unit='step', disable=None) as progress:
+        for epoch in range(epochs):
+            for run in runs:
+                loss = run.train_epoch(loader, progress)
+                progress.set_description(f'{description}{run.name} epoch {epoch + 1}/{epochs} loss {loss:.3f}')
+
+
+def time_in_turns(runs: List[Run], images: torch.Tensor, rounds: int = 8) -> None:
+    """Time inference of all models in turns, after one round that does not count."""
+    for i in range(rounds + 1):
+        for run in runs if i % 2 else reversed(runs):
+            run.time_inference(images)
+    for run in runs:
+        del run.inference_seconds[0]
+
+
+def speed_up(dense: List[float], evo: List[float]) -> float:
+    """Median of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(dense, evo))
+
+
+def draw(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
     """Digits above the same digits with only the informative patches of each selection left bright."""
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    step = len(dataset) // count
-    chosen = torch.utils.data.Subset(dataset, range(0, step * count, step))
-    images = next(iter(create_loader(chosen, **{**data, 'batch_size': count})))[0]
     selections = informative_tokens(model, images.to(next(model.parameters()).device))
-    pixels = (images * 0.5 + 0.5).clamp(0, 1)
+    pixels = (images * STD[0] + MEAN[0]).clamp(0, 1)
     rows = [('digit', torch.ones_like(pixels[:, :1]))]
     for s in selections:
         mask = torch.nn.functional.interpolate(s.mask[:, None].float().cpu(), pixels.shape[-2:])
         rows.append((f'informative\nfrom block {s.block}', mask))
-    figure, axes = plt.subplots(len(rows), count, figsize=(1.2 * count + 1, 1.25 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(rows), len(images), figsize=(1.2 * len(images) + 1, 1.25 * len(rows)), squeeze=False)
     dark = torch.tensor([0.35, 0.0, 0.25]).view(3, 1, 1)
     for (label, mask), line in zip(rows, axes):
         for axis, image, keep in zip(line, pixels, mask):
@@ -149,38 +186,25 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     np.random.seed(args.seed)
     root = write_digits(args.output / 'digits')
     evo_name, dense_name, model_args = MODELS[args.model]
-    size = model_args['img_size']
-    data = dict(DATA, input_size=(3, size, size), batch_size=args.batch_size, use_prefetcher=False, num_workers=0)
-    train = create_loader(
-        create_dataset('', root=root, split='train'), is_training=True, scale=(0.7, 1.0), hflip=0., color_jitter=None,
-        **data)
-    validation = create_loader(create_dataset('', root=root, split='validation'), **data)
-
+    train, validation = create_loaders(root, model_args['img_size'], args.batch_size)
     runs = [Run(name, model_args, len(train), args) for name in (dense_name, evo_name)]
-    with tqdm(total=2 * args.epochs * len(train), unit='step', disable=None) as progress:
-        for epoch in range(args.epochs):
-            for run in runs:
-                loss = run.train_epoch(train, progress)
-                progress.set_description(f'{run.name} epoch {epoch + 1}/{args.epochs} loss {loss:.3f}')
-    images = torch.cat([x for x, _ in validation])[:256].to(args.device)
-    for i in range(9):
-        for run in runs if i % 2 else reversed(runs):
-            run.time_inference(images)
+    train_in_turns(runs, train, args.epochs)
+    images = torch.cat([x for x, _ in validation])
+    time_in_turns(runs, images[:256].to(args.device))
 
     dense, evo = runs
     result = {'epochs': args.epochs, 'seed': args.seed, 'validation_images': len(validation.dataset), 'models': {}}
     for run in runs:
         result['models'][run.name] = {
             'top1': run.top1(validation),
-            'images_per_second': len(images) / statistics.median(run.inference_seconds[1:]),
+            'images_per_second': min(len(images), 256) / statistics.median(run.inference_seconds),
             'train_seconds': run.train_seconds,
         }
         torch.save({'state_dict': run.model.state_dict()}, args.output / f'{run.name}.pth')
-    ratios = [a / b for a, b in zip(dense.inference_seconds[1:], evo.inference_seconds[1:])]
-    result['speed_up'] = statistics.median(ratios)
+    result['speed_up'] = speed_up(dense.inference_seconds, evo.inference_seconds)
     result['training_speed_up'] = dense.train_seconds / evo.train_seconds
     picture = args.output / 'informative_tokens.png'
-    draw(evo.model, validation.dataset, data, picture)
+    draw(evo.model, images[::len(images) // 8][:8], picture)
     result['seconds'] = time.perf_counter() - start
     (args.output / 'result.json').write_text(json.dumps(result, indent=2))
 

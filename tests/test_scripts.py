@@ -6,15 +6,25 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+import yaml
 
 EXAMPLES = Path(__file__).parent.parent / 'examples'
+RECIPES = sorted((EXAMPLES / 'recipes').glob('*.yaml'))
 needs_timm_repo = pytest.mark.skipif(
     'TIMM_REPO' not in os.environ, reason="timm's scripts are only in its repository, set TIMM_REPO to a checkout")
+TRAIN_PY = {  # arguments of train.py that a recipe may set
+    'aa', 'amp', 'aug_repeats', 'batch_size', 'clip_grad', 'clip_mode', 'cutmix', 'drop_path', 'epochs',
+    'kd_distill_type', 'kd_model_name', 'kd_token_distill_type', 'lr_base', 'lr_base_scale', 'lr_base_size', 'min_lr',
+    'mixup', 'model', 'model_ema', 'model_ema_decay', 'model_kwargs', 'opt', 'recount', 'remode', 'reprob', 'sched',
+    'smoothing', 'task_loss_weight', 'train_interpolation', 'warmup_epochs', 'warmup_lr', 'weight_decay'}
 SMALL = ['img_size=32', 'patch_size=4', 'embed_dim=48', 'num_heads=3', 'depth=6']
 
 
@@ -40,7 +50,8 @@ def digits(tmp_path_factory):
 
 
 @needs_timm_repo
-@pytest.mark.parametrize('extra', [(), ('selection=layer', 'representative_token=True', 'keep_ratio=0.7')])
+@pytest.mark.parametrize('extra', [
+    (), ('selection=layer', 'representative_token=True', 'keep_ratio=0.7'), ('layer_to_stage_epochs=2',)])
 def test_train_validate_resume(digits, tmp_path, extra):
     repo = Path(os.environ['TIMM_REPO'])
     common = [
@@ -58,6 +69,100 @@ def test_train_validate_resume(digits, tmp_path, extra):
     assert top1 == pytest.approx(float(rows[1]['eval_top1']), abs=0.01)
     log = run(repo / 'train.py', *train[:-1], 'resumed', '--epochs', 3, '--resume', checkpoint, cwd=tmp_path)
     assert "Loaded checkpoint" in log and 'Train: 2' in log and 'Train: 1' not in log
+    if 'layer_to_stage_epochs=2' in extra:
+        states = [torch.load(tmp_path / run / 'last.pth.tar', weights_only=False) for run in ('run', 'resumed')]
+        assert [state['state_dict']['epochs_started'].item() for state in states] == [2, 3]
+
+
+@needs_timm_repo
+def test_train_with_everything_on(digits, tmp_path):
+    """Mixed precision, accumulation, checkpointing, EMA, layer decay and mixup; then fine-tuning what came out."""
+    repo = Path(os.environ['TIMM_REPO'])
+    common = [
+        '--model', 'evo_deit_tiny_patch16_224', '--data-dir', digits, '-b', 32, '--device', 'cpu', '--workers', 1,
+        '--lr', 1e-3, '--opt', 'adamw', '--warmup-epochs', 0, '--epochs', 2, '--output', tmp_path]
+    run(repo / 'train.py', *common, '--model-kwargs', *SMALL, 'layer_to_stage_epochs=1', '--num-classes', 10,
+        '--img-size', 32, '--amp', '--amp-dtype', 'bfloat16', '--grad-accum-steps', 2, '--grad-checkpointing',
+        '--channels-last', '--model-ema', '--model-ema-decay', 0.9, '--layer-decay', 0.8, '--mixup', 0.8, '--cutmix', 1.0,
+        '--clip-grad', 1.0, '--experiment', 'run', cwd=tmp_path)
+    checkpoint = tmp_path / 'run' / 'last.pth.tar'
+    state = torch.load(checkpoint, weights_only=False)
+    assert state['state_dict']['epochs_started'] == state['state_dict_ema']['epochs_started'] == 2
+    few = tmp_path / 'few'
+    for split in ('train', 'validation'):
+        for label in '012':
+            shutil.copytree(digits / split / label, few / split / label)
+    common[common.index('--data-dir') + 1] = few
+    run(repo / 'train.py', *common, '--model-kwargs', *SMALL, 'img_size=48', '--num-classes', 3, '--img-size', 48,
+        '--pretrained', '--pretrained-path', checkpoint, '--torchcompile', 'aot_eager', '--experiment', 'tuned',
+        cwd=tmp_path)
+    with open(tmp_path / 'tuned' / 'summary.csv') as f:
+        assert float(list(csv.DictReader(f))[-1]['eval_top1']) > 50
+
+
+@needs_timm_repo
+def test_train_distils(digits, tmp_path):
+    """LeViT's recipe: hard labels of a teacher, adaptive clipping; the batch norms fold in validate.py."""
+    repo = Path(os.environ['TIMM_REPO'])
+    timm.models.save_for_hf(timm.create_model('resnet10t', num_classes=10), tmp_path / 'teacher')
+    kwargs = [
+        '--model-kwargs', 'img_size=64', 'embed_dim=(16,24,32)', 'key_dim=8', 'num_heads=(2,3,4)', 'depth=(3,1,1)']
+    common = [
+        '--model', 'evo_levit_128s', '--data-dir', digits, '-b', 64, '--device', 'cpu', '--workers', 1,
+        '--num-classes', 10, '--img-size', 64]
+    run(repo / 'train.py', *common, *kwargs, 'layer_to_stage_epochs=1', '--lr', 1e-3, '--opt', 'adamw', '--epochs', 2,
+        '--warmup-epochs', 0, '--clip-grad', 0.01, '--clip-mode', 'agc', '--kd-model-name',
+        f'local-dir:{tmp_path / "teacher"}', '--kd-distill-type', 'token', '--kd-token-distill-type', 'hard',
+        '--task-loss-weight', 0.5, '--output', tmp_path, '--experiment', 'run', cwd=tmp_path)
+    checkpoint = tmp_path / 'run' / 'last.pth.tar'
+    top1 = [
+        float(re.search(r'\* Acc@1 ([\d.]+)', run(
+            repo / 'validate.py', *common, *extra, *kwargs, '--checkpoint', checkpoint, cwd=tmp_path)).group(1))
+        for extra in ((), ('--reparam',))]
+    assert top1[0] == pytest.approx(top1[1], abs=0.3)
+
+
+def test_every_model_has_a_recipe():
+    assert {path.stem for path in RECIPES} == set(timm.list_models('evo_*')) - {
+        'evo_deit_tiny', 'evo_deit_small', 'evo_deit_base'}
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+def test_recipes(path):
+    """The figures of the paper's recipe, and the learning rate that the comment promises."""
+    recipe = yaml.safe_load(path.read_text())
+    levit = 'levit' in path.stem
+    assert recipe['model'] == path.stem and recipe['model_kwargs'] == {'layer_to_stage_epochs': 200}
+    assert recipe['weight_decay'] == (0.025 if levit else 0.05) and recipe['epochs'] == 300
+    assert recipe['drop_path'] == (0.1 if re.search('small|base|levit_384', path.stem) else 0)
+    assert (recipe.get('kd_model_name') == 'regnety_160.deit_in1k') == levit == (recipe.get('clip_mode') == 'agc')
+    gpus, per_gpu, total, rate = re.search(
+        r'# (\d+) x (\d+) images per step, learning rate 5e-4 \* (\d+) / 512 = ([\d.]+)\.', path.read_text()).groups()
+    assert int(per_gpu) == recipe['batch_size'] and int(gpus) * int(per_gpu) == int(total)
+    assert recipe['lr_base'] * int(total) / recipe['lr_base_size'] == pytest.approx(float(rate))
+    assert set(recipe) <= TRAIN_PY, 'not an argument of train.py'
+
+
+@needs_timm_repo
+def test_recipes_parse(tmp_path):
+    """By the parser of train.py itself, which takes any key of a file; so the keys are compared with its own."""
+    code = (
+        'import json, sys, train\n'
+        'known, parsed = vars(train.parser.parse_args([])), []\n'
+        'for path in sys.argv[1:]:\n'
+        "    sys.argv = ['train.py', '--config', path]\n"
+        '    parsed.append(vars(train._parse_args()[0]))\n'
+        '    assert set(parsed[-1]) == set(known), set(parsed[-1]) - set(known)\n'
+        'print(json.dumps([sorted(known), parsed]))\n')
+    done = subprocess.run(
+        [sys.executable, '-c', code, *map(str, RECIPES)], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': os.environ['TIMM_REPO']})
+    assert done.returncode == 0, done.stderr
+    known, parsed = json.loads(done.stdout.splitlines()[-1])
+    assert TRAIN_PY <= set(known)
+    for path, args in zip(RECIPES, parsed):
+        for key, value in yaml.safe_load(path.read_text()).items():
+            assert args[key] == value and type(args[key]) is type(value)
 
 
 def test_quickstart(tmp_path):
@@ -75,6 +180,22 @@ def test_quickstart(tmp_path):
     assert picture.width > 600 and len(picture.getcolors(1 << 24)) > 100
 
 
+def test_reproduce(tmp_path):
+    """One epoch of one seed."""
+    pytest.importorskip('skimage', reason="the examples need pip install -e '.[examples]'")
+    from PIL import Image
+    log = run(
+        EXAMPLES / 'reproduce.py', '--data', 'photographs', '--seeds', 1, '--epochs', 1, '--batch-size', 128,
+        '--output', tmp_path / 'out', cwd=tmp_path)
+    folders = [sorted((tmp_path / 'out' / 'photographs' / split).iterdir()) for split in ('train', 'validation')]
+    assert [len(f) for f in folders] == [12, 12] and all(len(list(f.iterdir())) == 120 for f in folders[0])
+    by_variant = json.loads((tmp_path / 'out' / 'result.json').read_text())['results']['photographs']
+    assert len(by_variant) == 5 and all(len(seeds) == 1 and name in log for name, seeds in by_variant.items())
+    assert by_variant['dense'][0]['speed_up'] == by_variant['dense'][0]['training_speed_up'] == 1
+    assert len({r['top1'] for seeds in by_variant.values() for r in seeds}) > 1
+    assert Image.open(tmp_path / 'out' / 'accuracy_speed.png').width > 600
+
+
 def test_benchmark(tmp_path):
     path = tmp_path / 'figures.json'
     log = run(
@@ -85,6 +206,17 @@ def test_benchmark(tmp_path):
     assert dense['speed_up'] == 1 and len(evo['seconds']) == 3 and 'evo_deit_tiny' in log
     assert evo['params'] == 5_910_800 - (196 - 16) * 192  # a shorter position embedding
     assert 1.3 < evo['gmacs_ratio'] < 1.6
+
+
+@pytest.mark.parametrize('extra', ['--reparam', '--train'])
+def test_benchmark_folds_and_trains(tmp_path, extra):
+    path = tmp_path / 'figures.json'
+    run(
+        EXAMPLES / 'benchmark.py', 'levit_128s', 'evo_levit_128s', '-b', 2, '--img-size', 96, '--rounds', 2, '--warmup', 0,
+        '--seconds', 0, '--json', path, extra, cwd=tmp_path)
+    report = json.loads(path.read_text())
+    assert report['settings']['reparam'] == (extra == '--reparam') and report['settings']['train'] == (extra == '--train')
+    assert [len(r['seconds']) for r in report['models'].values()] == [2, 2]
 
 
 def test_benchmark_counts_the_papers_multiply_adds():
