@@ -618,6 +618,10 @@ class EvoLevit(training.LayerToStage, Levit):
         """Image (B, in_chans, H, W) to tokens (B, 1 + n, C) after stage `max_index`, the feature maps (B, C, h, w) of
         the stages `indices`, and the selections of each stage."""
         check_input_size(x, self.img_size)
+        if not self.training:
+            # faster convolutions whose output is a sequence of tokens without a copy; batch statistics, though, are
+            # less exact in this format
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x).flatten(2).transpose(1, 2)
         cls_token = self.cls_token
         tradeoff: Optional[torch.Tensor] = None
