@@ -32,12 +32,12 @@ from tqdm import tqdm
 
 from timm_evovit import AssistedLoss, informative_tokens
 
-MODELS = {  # evolving model, its dense twin, and what makes either small enough for digits and two CPU cores
+MODELS = {  # evolving model, its dense twin, what makes either small enough for digits and two CPU cores, epochs
     'evo_deit': ('evo_deit_tiny_patch16_224', 'deit_tiny_patch16_224', dict(
-        num_classes=10, img_size=24, patch_size=4, embed_dim=64, depth=6, num_heads=4, global_pool='avg',
-        weight_init='jax')),
+        num_classes=10, img_size=24, patch_size=4, embed_dim=64, depth=6, num_heads=4, mlp_ratio=2, global_pool='avg',
+        weight_init='jax'), 24),
     'evo_levit': ('evo_levit_128s', 'levit_128s', dict(
-        num_classes=10, img_size=96, embed_dim=(48, 64, 96), key_dim=8, num_heads=(3, 4, 6), depth=(4, 2, 2))),
+        num_classes=10, img_size=96, embed_dim=(48, 64, 96), key_dim=8, num_heads=(3, 4, 6), depth=(4, 2, 2)), 12),
 }
 MEAN = STD = (0.5,) * 3
 
@@ -45,13 +45,16 @@ MEAN = STD = (0.5,) * 3
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='evo_deit', choices=sorted(MODELS))
-    parser.add_argument('--epochs', type=int, default=20)
+    parser.add_argument('--epochs', type=int, help=', '.join(f'{m[3]} for {name}' for name, m in MODELS.items()))
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--lr', type=float, default=1e-3)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, default=Path('output/quickstart'))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.epochs is None:
+        args.epochs = MODELS[args.model][3]
+    return args
 
 
 def write_digits(root: Path) -> Path:
@@ -185,7 +188,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     random.seed(args.seed)
     np.random.seed(args.seed)
     root = write_digits(args.output / 'digits')
-    evo_name, dense_name, model_args = MODELS[args.model]
+    evo_name, dense_name, model_args, _ = MODELS[args.model]
     train, validation = create_loaders(root, model_args['img_size'], args.batch_size)
     runs = [Run(name, model_args, len(train), args) for name in (dense_name, evo_name)]
     train_in_turns(runs, train, args.epochs)

@@ -79,7 +79,8 @@ class LayerToStage(nn.Module):
     In the first `layer_to_stage_epochs` epochs of training tokens are selected before every block, from then on, and in
     evaluation always, as the model's `selection` says. A training script tells a model nothing about epochs, but calls
     `train()` at the start of each: those calls are counted, in a buffer, so that the count goes where the weights go.
-    A loop that calls it more often, or not at all, says the epoch with `set_epoch`.
+    A loop that calls it more often, or not at all, says the epoch with `set_epoch`. TorchScript keeps the phase in which
+    a model is scripted.
     """
     epochs_started: Optional[torch.Tensor]
     layerwise_phase: bool = False

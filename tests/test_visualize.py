@@ -1,0 +1,112 @@
+"""Pictures of informative tokens."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_evo_deit import build as build_deit
+from test_evo_levit import build as build_levit
+
+from timm_evovit.visualize import InformativeTokens, draw, find_images, open_image, sheet, visualize
+
+GAP, TOP = 8, 26  # where the first panel begins
+
+
+def ramp(size=(40, 60)):
+    """An RGB picture whose pixels are all different."""
+    y, x = np.mgrid[:size[0], :size[1]]
+    return Image.fromarray(np.stack([x * 4, y * 6, 255 - x * 4], axis=-1).astype(np.uint8))
+
+
+def test_finds_files_folders_and_patterns(tmp_path):
+    (tmp_path / 'deep').mkdir()
+    for name in ('b.png', 'a.jpg', 'deep/c.GIF', 'deep/d.bmp'):
+        ramp().save(tmp_path / name)
+    (tmp_path / 'notes.txt').write_text('no image')
+    names = [p.relative_to(tmp_path).as_posix() for p in find_images([tmp_path])]
+    assert sorted(names) == ['a.jpg', 'b.png', 'deep/c.GIF', 'deep/d.bmp']
+    named = find_images([tmp_path / 'deep' / '*.bmp', tmp_path / 'b.png', tmp_path])
+    assert [p.name for p in named][:2] == ['d.bmp', 'b.png'] and len(named) == 4
+    assert find_images([tmp_path / 'notes.txt'])[0].name == 'notes.txt'  # who names a file means it
+    for nothing in (tmp_path / 'x*.png', tmp_path / 'none.png'):
+        with pytest.raises(FileNotFoundError, match=nothing.name.replace('*', r'\*')):
+            find_images([nothing])
+
+
+@pytest.mark.parametrize('mode, suffix', [
+    ('RGB', 'png'), ('L', 'png'), ('1', 'png'), ('P', 'png'), ('CMYK', 'jpg'), ('RGBA', 'png'), ('LA', 'png'),
+    ('I;16', 'png'), ('F', 'tiff'), ('YCbCr', 'jpg'),
+])
+def test_opens_every_mode(tmp_path, mode, suffix):
+    path = tmp_path / f'image.{suffix}'
+    if mode == 'I;16':
+        Image.fromarray((np.asarray(ramp().convert('L')).astype(np.uint16) * 200)).save(path)
+    else:
+        ramp().convert(mode).save(path)
+    image = open_image(path)
+    assert image.mode == 'RGB' and image.size == (60, 40)
+    if mode not in ('1', 'P'):
+        expected = np.asarray(ramp().convert('L'), dtype=float)
+        assert np.corrcoef(np.asarray(image.convert('L'), dtype=float).ravel(), expected.ravel())[0, 1] > 0.98
+        assert np.asarray(image).std() > 10
+    assert open_image(path, 'L').mode == 'L'
+
+
+def test_transparent_is_white_and_turned_is_upright(tmp_path):
+    image = ramp().convert('RGBA')
+    image.putalpha(Image.fromarray(np.tile(np.where(np.arange(60) < 30, 0, 255).astype(np.uint8), (40, 1))))
+    image.save(tmp_path / 'alpha.png')
+    opened = np.asarray(open_image(tmp_path / 'alpha.png'))
+    assert (opened[:, :30] == 255).all() and np.array_equal(opened[:, 30:], np.asarray(ramp())[:, 30:])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    ramp().save(tmp_path / 'turned.png', exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / 'turned.png')), np.rot90(np.asarray(ramp()), -1))
+
+
+def test_fades_what_is_not_informative():
+    pixels = torch.rand(3, 8, 8)
+    mask = torch.tensor([[True, False], [False, True]])
+    tokens = InformativeTokens(4, mask, torch.tensor([[0.5, 0.1], [0.2, 0.4]]))
+    drawn = np.asarray(draw(pixels, [tokens])).astype(int)
+    side = 224
+    picture = drawn[TOP:TOP + side, GAP:GAP + side]
+    faded = drawn[TOP:TOP + side, 2 * GAP + side:2 * GAP + 2 * side]
+    half = side // 2
+    for i in range(2):
+        for j in range(2):
+            patch = np.s_[i * half:(i + 1) * half, j * half:(j + 1) * half]
+            if mask[i, j]:
+                assert np.array_equal(faded[patch], picture[patch])
+            else:
+                assert faded[patch].min() >= 0.85 * 255 - 1 and not np.array_equal(faded[patch], picture[patch])
+    heat = np.asarray(draw(pixels, [tokens], attention=True)).astype(int)[:, 3 * GAP + 2 * side:]
+    quarters = heat[TOP:TOP + side, :side].reshape(2, half, 2, half, 3).mean(axis=(1, 3, 4))
+    assert quarters.argmax() == 0 and quarters[0, 1] < quarters[1, 0] < quarters[1, 1] < quarters[0, 0]
+    high, wide = draw(pixels, [tokens], caption='a line').size, draw(pixels, [tokens]).size
+    assert high[1] > wide[1] and sheet([Image.new('RGB', (3, 4)), Image.new('RGB', (5, 6))]).size == (5, 10)
+
+
+@pytest.mark.parametrize('model', [
+    build_deit(depth=6), build_levit(), build_deit(depth=6, img_size=(32, 48), in_chans=1),
+    build_deit(depth=6).bfloat16(),
+], ids=['deit', 'levit', 'grey, not square', 'bfloat16'])
+def test_draws_files_and_goes_on_after_bad_ones(tmp_path, model):
+    ramp().save(tmp_path / 'a.png')
+    (tmp_path / 'bad.png').write_bytes(b'no picture')
+    whole = (tmp_path / 'a.png').read_bytes()
+    (tmp_path / 'cut.png').write_bytes(whole[:len(whole) // 2])
+    ramp((400, 30)).save(tmp_path / 'z.jpg')
+    model.train()
+    drawn = dict(visualize(model, find_images([tmp_path]), attention=True))
+    assert model.training and [p.name for p in drawn] == ['a.png', 'bad.png', 'cut.png', 'z.jpg']
+    assert [isinstance(d, OSError) for d in drawn.values()] == [False, True, True, False]
+    assert drawn[tmp_path / 'a.png'].size == drawn[tmp_path / 'z.jpg'].size
+    panels = 1 + 2 * (3 if hasattr(model, 'img_size') else 2)
+    assert drawn[tmp_path / 'a.png'].width >= panels * (224 + GAP)
+
+
+def test_names_imagenet_classes_only_where_there_are_a_thousand(tmp_path):
+    ramp().save(tmp_path / 'a.png')
+    few, many = build_deit(depth=3), build_deit(depth=3, num_classes=1000)
+    (_, short), (_, long) = *visualize(few, [tmp_path / 'a.png']), *visualize(many, [tmp_path / 'a.png'])
+    assert long.height > short.height
