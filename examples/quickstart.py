@@ -72,8 +72,8 @@ def write_digits(root: Path) -> Path:
 def create_loaders(root: Path, img_size: int, batch_size: int) -> Tuple[Any, Any]:
     """timm's loaders of the folders root/train, augmented, and root/validation."""
     data = dict(
-        input_size=(3, img_size, img_size), batch_size=batch_size, use_prefetcher=False, num_workers=0, mean=MEAN,
-        std=STD, interpolation='bicubic', crop_pct=1.0)
+        input_size=(3, img_size, img_size), batch_size=batch_size, use_prefetcher=False, num_workers=0,
+        persistent_workers=False, mean=MEAN, std=STD, interpolation='bicubic', crop_pct=1.0)
     train = create_loader(
         create_dataset('', root=root, split='train'), is_training=True, scale=(0.7, 1.0), hflip=0., color_jitter=None,
         **data)

@@ -24,16 +24,17 @@ class Teacher(nn.Module):
 
 
 def make_task(family, selection, loss):
+    """Model and task, under whose care each version of timm gives the model another name."""
     build = dict(deit=build_deit, levit=build_levit)[family]
     model = build(depth=(3, 1, 2) if family == 'levit' else 4, **SELECTIONS[selection])
     if loss == 'distilled':
-        return task.TokenDistillationTask(
+        return model, task.TokenDistillationTask(
             model, Teacher(), nn.CrossEntropyLoss(), distill_type='hard', task_loss_weight=0.5, verbose=False)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     if loss == 'exact':
         model.set_assisted_training()
         criterion = AssistedLoss(criterion)
-    return task.ClassificationTask(model, criterion, verbose=False)
+    return model, task.ClassificationTask(model, criterion, verbose=False)
 
 
 def batch(family, step, rank):
@@ -51,8 +52,7 @@ def train_rank(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
     for case in CASES:
-        training = make_task(*case)
-        model = training.trainable_module
+        model, training = make_task(*case)
         training.prepare_distributed()  # unused parameters are an error in the second step
         optimizer = make_optimizer(model)
         phases = []

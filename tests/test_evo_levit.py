@@ -411,7 +411,8 @@ def test_token_distillation_task():
         model, teacher, torch.nn.CrossEntropyLoss(), distill_type='hard', task_loss_weight=0.5, verbose=False).train()
     training(images(4), torch.arange(4))['loss'].backward()
     assert model.distilled_training and [n for n, p in model.named_parameters() if p.grad is None] == []
-    assert training.eval().trainable_module(images(4)).shape == (4, 10)
+    training.eval()
+    assert model(images(4)).shape == (4, 10)
 
 
 @pytest.mark.parametrize('kwargs', [

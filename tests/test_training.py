@@ -184,8 +184,7 @@ def two_processes(tmp_path_factory):
 def test_distributed(two_processes, case):
     """Both ranks end with the same parameters, those of one process that has seen the joined batches."""
     ranks = [torch.load(two_processes / f'{"-".join(case)}-{rank}.pt') for rank in range(2)]
-    training = distributed.make_task(*case)
-    model = training.trainable_module
+    model, training = distributed.make_task(*case)
     start = [p.detach().clone() for p in model.parameters()]
     optimizer = distributed.make_optimizer(model)
     phases = []
