@@ -89,9 +89,11 @@ def read_checkpoint(path: Union[str, Path]) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as e:
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:  # which is a position behind the end of the file
+            raise
         if names := _foreign_types(path, e):
             raise ValueError(
                 f'{path} holds {names}. Only tensors, plain Python values and argparse.Namespace are read from a '

@@ -76,10 +76,13 @@ def resolve_weights(
 
 
 def build_args(kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """Those arguments of an entry point that say what model it is, and not where, or what it is built for."""
+    """Those arguments of an entry point that say what model it is, and not where, or what it is built for.
+
+    The number of classes is not among them: timm saves it in a place of its own.
+    """
     other = (
-        'device', 'dtype', 'cache_dir', 'pretrained_model_args', 'pretrained_strict', 'layer_to_stage_epochs',
-        'weight_init')
+        'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_model_args', 'pretrained_strict',
+        'layer_to_stage_epochs', 'weight_init')
     return {k: v for k, v in kwargs.items() if k not in other and not k.endswith('_rate')}
 
 
