@@ -80,7 +80,8 @@ class Handler(BaseHTTPRequestHandler):
         digest = hashlib.sha256(content).hexdigest()
         if name.endswith('.safetensors'):
             return self.send(
-                302, Location=f'{server.other_url}/cdn/{digest}', X_Linked_Etag=f'"{digest}"', X_Linked_Size=len(content), **commit)
+                302, Location=f'{server.other_url}/cdn/{digest}', X_Linked_Etag=f'"{digest}"',
+                X_Linked_Size=len(content), **commit)
         self.send_range(content, ETag=f'"{digest}"', **commit)
 
     def do_POST(self):
@@ -102,8 +103,8 @@ class Handler(BaseHTTPRequestHandler):
                 if line['key'] == 'file':
                     content = base64.b64decode(line['value']['content'])
                     self.server.repos[match[1]][line['value']['path']] = content
-            return self.send(200, {
-                'success': True, 'commitOid': 'c0ffee' + '0' * 34, 'commitUrl': f'{self.server.url}/{match[1]}/commit/1'})
+            url = f'{self.server.url}/{match[1]}/commit/1'
+            return self.send(200, {'success': True, 'commitOid': 'c0ffee' + '0' * 34, 'commitUrl': url})
         self.send(404)
 
     def drive(self, query):
@@ -113,8 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         if 'confirm' not in query:  # too large to be scanned for viruses: a form comes first
             return self.send(200, (
                 '<html><form id="download-form" action="https://drive.usercontent.google.com/download">'
-                f'<input type="hidden" name="id" value="{query["id"][0]}"><input type="hidden" name="confirm" value="t">'
-                '</form></html>').encode(), Content_Type='text/html')
+                f'<input type="hidden" name="id" value="{query["id"][0]}">'
+                '<input type="hidden" name="confirm" value="t"></form></html>').encode(), Content_Type='text/html')
         headers = dict(Content_Type='application/octet-stream', Content_Disposition='attachment; filename="ckpt.pth"')
         if self.server.cut_after is None or 'Range' in self.headers:
             return self.send_range(content, **headers)

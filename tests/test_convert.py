@@ -36,7 +36,7 @@ def authors_checkpoint(weights, ema=None):
     return {
         'model': weights,
         'model_ema': ema,
-        'optimizer': {'state': {0: {'step': 3, 'exp_avg': torch.zeros(2)}}, 'param_groups': [{'lr': 1e-3, 'params': [0]}]},
+        'optimizer': {'state': {0: {'step': 3, 'exp_avg': torch.zeros(2)}}, 'param_groups': [{'lr': 1e-3}]},
         'lr_scheduler': {'t_in_epochs': True},
         'epoch': 299,
         'scaler': {'scale': 65536.0},
@@ -159,7 +159,9 @@ def test_a_checkpoint_of_timms_train_script(deit, tmp_path, capsys):
     model, _ = deit
     state = {f'module.{k}': v for k, v in model.state_dict().items()}
     torch.save({'state_dict': state, 'arch': 'evo_deit', 'args': ARGS, 'version': 2}, tmp_path / 'last.pth.tar')
-    assert run(capsys, 'evo_deit_tiny', tmp_path / 'last.pth.tar', '--output', tmp_path / 'out', '--model-kwargs', *TINY)[0] == 0
+    status, _ = run(
+        capsys, 'evo_deit_tiny', tmp_path / 'last.pth.tar', '--output', tmp_path / 'out', '--model-kwargs', *TINY)
+    assert status == 0
     same(model, timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True))
 
 
@@ -171,7 +173,8 @@ class Runs:
 
 @pytest.mark.parametrize('write, message', [
     (lambda f, ck: torch.save({**ck, 'x': Runs()}, f), r'holds (posix|nt)\.mkdir\. Only tensors'),
-    (lambda f, ck: torch.save({**ck, 'x': Runs()}, f, _use_new_zipfile_serialization=False), r'holds (posix|nt)\.mkdir\.'),
+    (lambda f, ck: torch.save({**ck, 'x': Runs()}, f, _use_new_zipfile_serialization=False),
+     r'holds (posix|nt)\.mkdir\.'),
     (lambda f, ck: f.write(pickle.dumps(Runs(), protocol=4)), r'holds (posix|nt)\.mkdir\.'),
     (lambda f, ck: f.write(pickle.dumps(Runs(), protocol=2)), r'holds (posix|nt)\.mkdir\.'),
     (lambda f, ck: torch.save({**ck, 'where': PurePosixPath('a')}, f), r'holds pathlib\S*PurePosixPath\.'),
@@ -210,7 +213,8 @@ def test_half_a_checkpoint(deit, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('name, kwargs, message', [
-    ('evo_deit_tiny', ['img_size=48', *TINY[1:]], r'another EvoVisionTransformer: pos_embed \(1, 17, 24\) instead of \(1, 37'),
+    ('evo_deit_tiny', ['img_size=48', *TINY[1:]],
+     r'another EvoVisionTransformer: pos_embed \(1, 17, 24\) instead of \(1, 37'),
     ('evo_deit_tiny', ['patch_size=4', 'img_size=16', *TINY[2:]], 'patch_embed.proj.weight'),
     ('evo_deit_tiny', ['depth=11', *TINY], r'unexpected: blocks\.11'),
     ('evo_deit_tiny', ['in_chans=1', *TINY], r'patch_embed\.proj\.weight'),
@@ -228,14 +232,15 @@ def test_the_wrong_model(deit, tmp_path, capsys, name, kwargs, message):
 def test_other_weights_are_refused(deit, tmp_path, capsys):
     path = tmp_path / 'other.pth'
     for name, model, kwargs, message in (
-            ('evo_levit_128s', timm.create_model('levit_128s', num_classes=10), [], 'attention_biases and no class token'),
+            ('evo_levit_128s', timm.create_model('levit_128s', num_classes=10), [], 'attention_biases and no class'),
             ('evo_deit_tiny', build_deit(global_pool='token'), TINY, 'fc_norm.weight is missing')):
         torch.save({'model': model.state_dict()}, path)
         status, out = run(capsys, name, path, '--output', tmp_path / 'out', '--model-kwargs', *kwargs)
         assert status == 1 and message in out
     weights = torch.load(deit[1], weights_only=False)['model']
     for change, message in (
-            (lambda w: w.pop('head_cls.weight'), 'head_cls.weight'), (lambda w: w.pop('norm_cls.bias'), 'norm_cls.bias'),
+            (lambda w: w.pop('head_cls.weight'), 'head_cls.weight'),
+            (lambda w: w.pop('norm_cls.bias'), 'norm_cls.bias'),
             (lambda w: w.update(extra=torch.zeros(3)), 'unexpected: extra'),
             (lambda w: w.update({'head.2.weight': torch.zeros(3)}), 'head.2.weight')):
         changed = dict(weights)
@@ -340,7 +345,7 @@ def test_download(deit, drive, tmp_path, capsys):
 
 def test_download_fails(deit, drive, tmp_path, capsys):
     file_id = PUBLISHED['evo_deit_tiny_patch16_224'][1]
-    drive.drive[file_id] = b'<html><p class="uc-error-subcaption">Too many users have viewed this file recently.</p></html>'
+    drive.drive[file_id] = b'<html><p class="uc-error-subcaption">Too many users have viewed this file.</p></html>'
     args = ['evo_deit_tiny', '--output', tmp_path / 'out', '--model-kwargs', *TINY]
     status, out = run(capsys, *args)
     assert status == 1 and 'Too many users' in out and 'in a browser' in out

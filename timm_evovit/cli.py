@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
         '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
         help='arguments of the model that the weights were trained with, where they differ from the published ones')
     command.add_argument(
-        '--push-to-hub', metavar='ORG/NAME', help='upload to the Hugging Face Hub as well, with the token of `hf auth login`')
+        '--push-to-hub', metavar='ORG/NAME',
+        help='upload to the Hugging Face Hub as well, with the token of `hf auth login`')
     return parser
 
 

@@ -62,7 +62,7 @@ class Conversion(NamedTuple):
         """Every tensor accounted for, one line each kind."""
         lines = [f'{self.source}: {self.found} tensors']
         if self.joined:
-            lines.append(f'  {self.joined} joined to others (value rows to query and key rows, tradeoffs to one tensor)')
+            lines.append(f'  {self.joined} joined to others: value rows to query and key rows, or tradeoffs to one tensor')
         lines += [f'  {len(keys)} dropped, {why}: {listed(keys, 4)}' for why, keys in self.dropped.items()]
         if not self.dropped:
             lines.append('  none dropped')
@@ -182,8 +182,8 @@ def download(name: str) -> Path:
         import gdown
     except ImportError as e:
         raise RuntimeError(
-            f"The download needs gdown: pip install 'timm-evovit[convert]'. Or download {url} in a browser and name the "
-            f'file.') from e
+            f"The download needs gdown: pip install 'timm-evovit[convert]'. Or download {url} in a browser and name "
+            f'the file.') from e
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         # without cookies gdown leaves no file in the home folder, and public files need none
@@ -310,7 +310,7 @@ def _card(model: nn.Module, source: str, digest: str) -> Dict[str, Any]:
 
 def _check_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(errno.EEXIST, 'Output exists and is not an empty folder, remove it or name another', str(output))
+        raise FileExistsError(f'{output} exists and is not an empty folder, remove it or name another.')
 
 
 def _write(model: nn.Module, card: Dict[str, Any], output: Path) -> int:
@@ -328,7 +328,7 @@ def _write(model: nn.Module, card: Dict[str, Any], output: Path) -> int:
         (partial / 'README.md').write_text(generate_readme(card, output.name), encoding='utf-8')
         written = load_file(partial / 'model.safetensors')
         if written.keys() != expected.keys() or not all(torch.equal(v, expected[k]) for k, v in written.items()):
-            raise OSError(errno.EIO, 'What was written reads back as something else', str(output))
+            raise OSError('what was written reads back as something else')
         if output.exists():
             output.rmdir()  # an empty folder; replaced by renaming on some systems only
         partial.rename(output)

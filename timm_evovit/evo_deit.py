@@ -338,7 +338,8 @@ def _create_evo_deit(
 ) -> EvoVisionTransformer:
     out_indices = kwargs.pop('out_indices', 3)
     cfg = resolve_weights(
-        variant, pretrained, pretrained_cfg, pretrained_cfg_overlay, f'{variant}.fb_in1k: DeiT, faster, without training')
+        variant, pretrained, pretrained_cfg, pretrained_cfg_overlay,
+        f'{variant}.fb_in1k: DeiT, faster, without training')
     if pretrained and (cfg.hf_hub_id or '').partition('@')[0] in _deit_weights and not (cfg.file or cfg.state_dict):
         kwargs.setdefault('global_pool', 'token')  # what DeiT's norm and head were trained for
     elif cfg.tag == 'fb_in1k' and cfg.source is None and cfg.crop_pct == default_cfgs[variant].cfgs[cfg.tag].crop_pct:
@@ -364,7 +365,8 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
         'crop_pct': .875, 'interpolation': 'bicubic', 'fixed_input_size': True,
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'patch_embed.proj', 'classifier': ('head', 'head_cls'),
-        'paper_ids': 'arXiv:2108.01390', 'paper_name': 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer',
+        'paper_ids': 'arXiv:2108.01390',
+        'paper_name': 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer',
         'origin_url': 'https://github.com/YifanXu74/Evo-ViT',
         **kwargs
     }

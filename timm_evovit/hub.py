@@ -81,8 +81,7 @@ def build_args(kwargs: Dict[str, Any]) -> Dict[str, Any]:
     The number of classes is not among them: timm saves it in a place of its own.
     """
     other = (
-        'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_model_args', 'pretrained_strict',
-        'layer_to_stage_epochs', 'weight_init')
+        'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_model_args', 'pretrained_strict', 'weight_init')
     return {k: v for k, v in kwargs.items() if k not in other and not k.endswith('_rate')}
 
 
