@@ -223,6 +223,7 @@ def test_half_a_checkpoint(deit, tmp_path, capsys):
     ('deit_tiny_patch16_224', [], 'is a VisionTransformer, convert takes evo_deit_base'),
     ('evo_deit_huge', [], "no model 'evo_deit_huge', there are evo_deit_base"),
     ('evo_deit_tiny', ['keep_ratio=3'], 'keep_ratio must lie in'),
+    ('evo_deit_tiny', ['not_an_argument=3'], 'evo_deit_tiny: .*not_an_argument'),
 ])
 def test_the_wrong_model(deit, tmp_path, capsys, name, kwargs, message):
     status, out = run(capsys, name, deit[1], '--output', tmp_path / 'out', '--model-kwargs', *kwargs)

@@ -219,12 +219,15 @@ def _variant(name: str, model_kwargs: Dict[str, Any]) -> str:
     """The full name of a model.
 
     Raises:
-        ValueError: There is no such model, or it is not one of ours.
+        ValueError: There is no such model, it is not one of ours, or does not take the arguments.
     """
     name = split_model_name_tag(name)[0]
     if not is_model(name):
         raise ValueError(f'There is no model {name!r}, there are {", ".join(list_models("evo_*"))}.')
-    model = timm.create_model(name, device='meta', **model_kwargs)
+    try:
+        model = timm.create_model(name, device='meta', **model_kwargs)
+    except TypeError as e:
+        raise ValueError(f'{name}: {e}') from e
     if type(model) not in FILTERS:
         raise ValueError(f'{name} is a {type(model).__name__}, convert takes {", ".join(list_models("evo_*"))}.')
     return model.pretrained_cfg['architecture']
