@@ -1,5 +1,8 @@
 """Checkpoints: the authors' key names, files, sizes other than the model's, and what does not fit."""
+from argparse import Namespace
+
 import pytest
+import test_evo_levit
 import timm
 import torch
 from test_evo_deit import NAME, SMALL, build, images
@@ -45,6 +48,28 @@ def test_authors_names_from_state_dict_and_file(tmp_path):
         for key, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[key], value), key
         assert torch.equal(loaded(images()), model(images()))
+
+
+@pytest.mark.parametrize('family', ['deit', 'levit'])
+def test_without_a_filter(family, tmp_path):
+    """What `validate.py --checkpoint` and `train.py --initial-checkpoint` do: no filter, no configuration."""
+    model, authors, name, kwargs = (
+        (build(), as_authors_name_it, NAME, SMALL) if family == 'deit' else
+        (test_evo_levit.build(), test_evo_levit.authors_names, test_evo_levit.NAME, test_evo_levit.SMALL))
+    weights = authors(model.state_dict() if family == 'deit' else model)
+    torch.save({'model': weights, 'args': Namespace(lr=1)}, tmp_path / 'authors.pth')
+    expected = model.state_dict()
+    assert set(weights) != set(expected)
+    loaded = timm.create_model(name, checkpoint_path=str(tmp_path / 'authors.pth'), **kwargs)
+    other = timm.create_model(name, **kwargs)
+    timm.models.load_checkpoint(other, str(tmp_path / 'authors.pth'), use_ema=False)
+    nested = torch.nn.ModuleDict({'a': timm.create_model(name, **kwargs)})
+    nested.load_state_dict({f'a.{k}': v for k, v in weights.items()})
+    for m in (loaded, other, nested['a']):
+        assert all(torch.equal(v, expected[k]) for k, v in m.state_dict().items())
+    weights.pop('cls_token')
+    with pytest.raises(RuntimeError, match='Missing key.*cls_token'):
+        other.load_state_dict(weights)
 
 
 def test_sizes_are_adapted():

@@ -714,6 +714,18 @@ def test_position_embeddings_resample(size):
     assert larger(images(2, size)).shape == (2, 10)
 
 
+def test_position_embeddings_resample_from_any_grid():
+    """A grid that is not square is known from the configuration that comes with the weights."""
+    model = build(img_size=(64, 96))
+    overlay = dict(state_dict=model.state_dict(), num_classes=10, input_size=(3, 64, 96))
+    other = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **{**SMALL, 'img_size': (96, 64)})
+    torch.testing.assert_close(other.pos_embed, resample_abs_pos_embed(model.pos_embed, [6, 4], [4, 6]))
+    for i, old, new in ((1, [4, 6], [6, 4]), (2, [2, 3], [3, 2])):
+        torch.testing.assert_close(
+            other.stages[i].downsample.attn_downsample.pos_embed,
+            resample_abs_pos_embed(model.stages[i].downsample.attn_downsample.pos_embed, new, old))
+
+
 def test_wrong_checkpoints_are_named():
     state = authors_names(build())
     with pytest.raises(ValueError, match='attention_biases.*class token'):

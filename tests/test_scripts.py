@@ -101,6 +101,40 @@ def test_train_with_everything_on(digits, tmp_path):
 
 
 @needs_timm_repo
+def test_files_of_the_authors(digits, tmp_path):
+    """And converted ones, wherever the scripts take a file."""
+    from test_checkpoints import as_authors_name_it
+    from timm_evovit.cli import main
+    repo = Path(os.environ['TIMM_REPO'])
+    common = ['--data-dir', digits, '-b', 64, '--device', 'cpu', '--workers', 1, '--num-classes', 10, '--img-size', 32]
+    model = ['--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL]
+    train = ['--warmup-epochs', 0, '--epochs', 1, '--output', tmp_path]
+    run(repo / 'train.py', *common, *model, *train, '--epochs', 4, '--lr', 2e-3, '--opt', 'adamw', '--experiment',
+        'run', cwd=tmp_path)
+    checkpoint, authors = tmp_path / 'run' / 'last.pth.tar', tmp_path / 'authors.pth'
+    state = torch.load(checkpoint, weights_only=False)
+    torch.save({'model': as_authors_name_it(state['state_dict']), 'args': state['args']}, authors)
+    output = tmp_path / 'out'
+    assert main(['convert', 'evo_deit_tiny', str(authors), '--output', str(output), '--model-kwargs', *SMALL]) == 0
+    converted = output / 'model.safetensors'
+
+    top1 = []
+    for args in (*([*model, '--checkpoint', file] for file in (checkpoint, authors, converted)),
+                 ['--model', f'local-dir:{output}', '--pretrained']):
+        log = run(repo / 'validate.py', *common, *args, cwd=tmp_path)
+        top1.append(float(re.search(r'\* Acc@1 ([\d.]+)', log).group(1)))
+    assert len(set(top1)) == 1 and top1[0] > 15  # one in ten by chance
+    for i, file in enumerate((authors, converted)):
+        run(repo / 'train.py', *common, *model, *train, '--lr', 1e-9, '--initial-checkpoint', file, '--experiment',
+            f'initial{i}', cwd=tmp_path)
+        with open(tmp_path / f'initial{i}' / 'summary.csv') as f:
+            assert float(list(csv.DictReader(f))[-1]['eval_top1']) == pytest.approx(top1[0], abs=0.5)
+        log = run(repo / 'train.py', *common, *model, *train, '--lr', 1e-3, '--pretrained', '--pretrained-path', file,
+                  '--experiment', f'pretrained{i}', cwd=tmp_path)
+        assert f'Loading pretrained weights from file ({file})' in log
+
+
+@needs_timm_repo
 def test_train_distils(digits, tmp_path):
     """LeViT's recipe: hard labels of a teacher, adaptive clipping; the batch norms fold in validate.py."""
     repo = Path(os.environ['TIMM_REPO'])

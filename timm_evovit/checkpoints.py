@@ -1,4 +1,5 @@
-"""The authors' state dicts to timm's naming."""
+"""The authors' state dicts to timm's naming, and any that are taken to the shape of a model."""
+import logging
 import math
 import re
 from typing import Any, Dict, List, Tuple
@@ -8,7 +9,9 @@ from torch import nn
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 
-__all__ = ['deit_checkpoint_filter_fn', 'levit_checkpoint_filter_fn']
+__all__ = ['deit_checkpoint_filter_fn', 'levit_checkpoint_filter_fn', 'rename_authors']
+
+_logger = logging.getLogger(__name__)
 
 
 def _rename_deit(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -70,7 +73,20 @@ def _rename_levit(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor
     return out
 
 
-def _listed(names: List[str], limit: int = 8) -> str:
+def rename_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """The authors' key names to timm's; a state dict that does not use them is returned as it is.
+
+    Raises:
+        ValueError: A part of what becomes one tensor is missing.
+    """
+    if any(k.startswith('qks.') for k in state_dict):
+        return _rename_deit(state_dict)
+    if any(re.match(r'patch_embed\.\d', k) for k in state_dict):
+        return _rename_levit(state_dict)
+    return state_dict
+
+
+def listed(names: List[str], limit: int = 8) -> str:
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return ', '.join(names[:limit]) + more
 
@@ -93,7 +109,7 @@ def check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> N
         if k in own and v.shape != own[k].shape and not k.startswith(adapted)
     ]
     faults = [
-        f'{what} {_listed(names)}'
+        f'{what} {listed(names)}'
         for what, names in (('missing:', missing), ('unexpected:', unexpected), ('wrong shape:', wrong)) if names
     ]
     if faults:
@@ -107,18 +123,39 @@ def _weights(state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
     return {k: v for k, v in state_dict.items() if k != 'epochs_started'}
 
 
+def _adapt_readout(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Norm and head of weights that classify the other thing, the class token (DeiT) or the averaged patches (paper).
+
+    DeiT's norm and head are where both branches of a model that averages patches start from. The other way round the
+    assisted class token branch of the paper's weights is the readout.
+    """
+    own = model.state_dict()
+    if 'norm.weight' in state_dict and 'norm.weight' not in own and 'fc_norm.weight' in own:
+        _logger.warning(
+            'The weights classify the class token and the model averages patches: it starts from their norm and head, '
+            'and is a classifier only after fine-tuning.')
+        sources = {'fc_norm.': 'norm.', 'norm_cls.': 'norm.', 'head.': 'head.', 'head_cls.': 'head.'}
+    elif model.global_pool == 'token' and 'norm_cls.weight' in state_dict and 'norm.weight' not in state_dict:
+        sources = {'norm.': 'norm_cls.', 'head.': 'head_cls.'}
+    else:
+        return state_dict
+    parts = ('norm.', 'fc_norm.', 'norm_cls.', 'head.', 'head_cls.')
+    out = {k: v for k, v in state_dict.items() if not k.startswith(parts)}
+    for new, old in sources.items():
+        out.update((new + k[len(old):], v) for k, v in state_dict.items() if k.startswith(old))
+    return out
+
+
 def deit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Make a checkpoint fit an EvoVisionTransformer.
 
-    Takes the authors' key names as well as timm's, drops the class token branch where the model has none, and resamples
-    patch and position embeddings to the model's patch and image size.
+    Takes the authors' key names as well as timm's, and DeiT's weights, drops the class token branch where the model has
+    none, and resamples patch and position embeddings to the model's patch and image size.
 
     Raises:
         ValueError: Keys or shapes do not fit.
     """
-    state_dict = _weights(state_dict)
-    if any(k.startswith('qks.') for k in state_dict):
-        state_dict = _rename_deit(state_dict)
+    state_dict = _adapt_readout(rename_authors(_weights(state_dict)), model)
     if model.head_cls is None:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith(('norm_cls.', 'head_cls.'))}
     state_dict = vit_checkpoint_filter_fn(state_dict, model)
@@ -126,12 +163,22 @@ def deit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> D
     return state_dict
 
 
-def _resample_pos_embed(pos_embed: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:
-    """Resample (1, 1 + n, C) from a square grid; any other is left for `check_state_dict` to complain about."""
+def _resample_pos_embed(
+        pos_embed: torch.Tensor,
+        old_size: Tuple[int, int],
+        new_size: Tuple[int, int],
+) -> torch.Tensor:
+    """Resample (1, 1 + n, C) to a grid.
+
+    It is taken to be on the grid `old_size` if there are as many patches on that, else on the new or on a square one.
+    Any other is left for `check_state_dict` to complain about.
+    """
     n = pos_embed.shape[1] - 1
-    if n == grid_size[0] * grid_size[1] or math.isqrt(n) ** 2 != n:
+    if n != old_size[0] * old_size[1]:
+        old_size = new_size if n == new_size[0] * new_size[1] else (math.isqrt(n), math.isqrt(n))
+    if old_size == new_size or n != old_size[0] * old_size[1]:
         return pos_embed
-    return resample_abs_pos_embed(pos_embed, list(grid_size))
+    return resample_abs_pos_embed(pos_embed, list(new_size), list(old_size))
 
 
 def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -148,17 +195,21 @@ def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> 
         raise ValueError(
             'The checkpoint is of a LeViT, it has attention_biases and no class token. Evo-LeViT has position '
             'embeddings and a class token instead, and selects by the attention of that: it needs weights of its own.')
-    if any(k.startswith('patch_embed.') for k in state_dict):
-        state_dict = _rename_levit(state_dict)
+    state_dict = rename_authors(state_dict)
     dropped = () if model.head_cls is not None else ('head_cls.', 'head_cls_dist.')
     if model.tradeoff is None:
         dropped += ('tradeoff',)
     state_dict = {k: v for k, v in state_dict.items() if not k.startswith(dropped)}
-    grid_size = model.stages[0].grid_size
+    # the embedding of a stage is on the grid before it, and the first one's on that of the stem
+    source = getattr(model, 'pretrained_cfg', {}).get('input_size', (3, 224, 224))
+    old_size = tuple(-(-size // model.feature_info[0]['reduction']) for size in source[1:])
+    new_size = model.stages[0].grid_size
     for i, stage in enumerate(model.stages):
         key = f'stages.{i}.downsample.attn_downsample.pos_embed' if i > 0 else 'pos_embed'
         if key in state_dict:
-            state_dict[key] = _resample_pos_embed(state_dict[key], grid_size)
-        grid_size = stage.grid_size
+            state_dict[key] = _resample_pos_embed(state_dict[key], old_size, new_size)
+        if i > 0:
+            old_size = tuple(-(-size // 2) for size in old_size)
+        new_size = stage.grid_size
     check_state_dict(state_dict, model)
     return state_dict

@@ -5,6 +5,7 @@ Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - htt
 Yifan Xu, Zhijie Zhang, Mengdan Zhang, Kekai Sheng, Ke Li, Weiming Dong, Liqing Zhang, Changsheng Xu, Xing Sun.
 """
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -12,12 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from . import evolution, training
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
+from .hub import HubModel, published, resolve_weights
 
 __all__ = ['EvoVisionTransformer']  # register_model will add each entrypoint fn to this
 
@@ -69,7 +71,7 @@ class EvoBlock(Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class EvoVisionTransformer(training.LayerToStage, VisionTransformer):
+class EvoVisionTransformer(HubModel, training.LayerToStage, VisionTransformer):
     """Vision Transformer with slow-fast token evolution.
 
     Class attention tells informative patches from placeholders. Informative patches go through the blocks,
@@ -189,6 +191,17 @@ class EvoVisionTransformer(training.LayerToStage, VisionTransformer):
         """
         self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
         self._set_schedule()
+        self._remember_args(keep_ratio=self.keep_ratio)
+
+    @torch.jit.ignore
+    def _current_args(self) -> Dict[str, Any]:
+        args = dict(
+            img_size=self.patch_embed.img_size, patch_size=self.patch_embed.patch_size, in_chans=self.in_chans,
+            global_pool=self.global_pool)
+        fc_norm = not isinstance(self.fc_norm, nn.Identity)
+        if fc_norm != (self.global_pool in ('avg', 'avgmax', 'max')):
+            args['fc_norm'] = fc_norm  # reset_classifier changes the pooling and leaves the norm where it is
+        return args
 
     @torch.jit.ignore
     def set_assisted_training(self, enable: bool = True) -> None:
@@ -316,16 +329,34 @@ class EvoVisionTransformer(training.LayerToStage, VisionTransformer):
         return self.forward_head(self.forward_features(x))
 
 
-def _create_evo_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+def _create_evo_deit(
+        variant: str,
+        pretrained: bool = False,
+        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        **kwargs: Any,
+) -> EvoVisionTransformer:
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
+    cfg = resolve_weights(
+        variant, pretrained, pretrained_cfg, pretrained_cfg_overlay,
+        f'{variant}.fb_in1k: DeiT, faster, without training')
+    deit = default_cfgs[variant].cfgs.get('fb_in1k')
+    if pretrained and (cfg.hf_hub_id or '').partition('@')[0] in _deit_weights and not (cfg.file or cfg.state_dict):
+        kwargs.setdefault('global_pool', 'token')  # what DeiT's norm and head were trained for
+    elif deit is not None and cfg.tag == 'fb_in1k' and cfg.source is None and cfg.crop_pct == deit.crop_pct:
+        cfg = replace(cfg, crop_pct=_cfg()['crop_pct'])  # not DeiT's weights after all: the paper's transform too
+    model = build_model_with_cfg(
         EvoVisionTransformer,
         variant,
         pretrained,
+        pretrained_cfg=cfg,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
+    if isinstance(model, EvoVisionTransformer):
+        model._remember_args(**kwargs)
+    return model
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
@@ -335,19 +366,39 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
         'crop_pct': .875, 'interpolation': 'bicubic', 'fixed_input_size': True,
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'patch_embed.proj', 'classifier': ('head', 'head_cls'),
-        'paper_ids': 'arXiv:2108.01390', 'paper_name': 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer',
+        'paper_ids': 'arXiv:2108.01390',
+        'paper_name': 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer',
         'origin_url': 'https://github.com/YifanXu74/Evo-ViT',
         **kwargs
     }
 
 
+def _deit_cfg(hf_hub_id: str, **kwargs: Any) -> Dict[str, Any]:
+    """DeiT's own weights, with the transform that timm evaluates them with."""
+    return _cfg(hf_hub_id=hf_hub_id, **{
+        'crop_pct': .9, 'license': 'apache-2.0',
+        'paper_ids': 'arXiv:2012.12877',
+        'paper_name': 'Training data-efficient image transformers & distillation through attention',
+        'origin_url': 'https://github.com/facebookresearch/deit',
+        **kwargs
+    })
+
+
+# where both tags have weights the first is the default
 default_cfgs = generate_default_cfgs({
-    'evo_deit_tiny_patch16_224.evovit_in1k': _cfg(),
-    'evo_deit_small_patch16_224.evovit_in1k': _cfg(),
-    'evo_deit_base_patch16_224.evovit_in1k': _cfg(),
+    'evo_deit_tiny_patch16_224.evovit_in1k': _cfg(**published('evo_deit_tiny_patch16_224')),
+    'evo_deit_tiny_patch16_224.fb_in1k': _deit_cfg('timm/deit_tiny_patch16_224.fb_in1k'),
+    'evo_deit_small_patch16_224.evovit_in1k': _cfg(**published('evo_deit_small_patch16_224')),
+    'evo_deit_small_patch16_224.fb_in1k': _deit_cfg('timm/deit_small_patch16_224.fb_in1k'),
+    'evo_deit_base_patch16_224.evovit_in1k': _cfg(**published('evo_deit_base_patch16_224')),
+    'evo_deit_base_patch16_224.fb_in1k': _deit_cfg('timm/deit_base_patch16_224.fb_in1k'),
     'evo_deit_small_patch16_384.untrained': _cfg(input_size=(3, 384, 384)),
-    'evo_deit_base_patch16_384.evovit_in1k': _cfg(input_size=(3, 384, 384)),
+    'evo_deit_base_patch16_384.evovit_in1k': _cfg(
+        input_size=(3, 384, 384), **published('evo_deit_base_patch16_384')),
+    'evo_deit_base_patch16_384.fb_in1k': _deit_cfg(
+        'timm/deit_base_patch16_384.fb_in1k', input_size=(3, 384, 384), crop_pct=1.0),
 })
+_deit_weights = {cfg.cfgs['fb_in1k'].hf_hub_id for cfg in default_cfgs.values() if 'fb_in1k' in cfg.cfgs}
 for _short in ('evo_deit_tiny', 'evo_deit_small', 'evo_deit_base'):
     default_cfgs[_short] = default_cfgs[f'{_short}_patch16_224']
 

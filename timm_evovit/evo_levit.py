@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, get_act_layer, to_2tuple, to_ntuple, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.levit import Levit, LevitMlp, LinearNorm, NormLinear
 
 from . import evolution, training
 from .checkpoints import levit_checkpoint_filter_fn as checkpoint_filter_fn
+from .hub import HubModel, published, resolve_weights
 
 __all__ = ['EvoLevit']  # register_model will add each entrypoint fn to this
 
@@ -364,7 +365,7 @@ class EvoLevitStage(nn.Module):
         return x, attention, selections
 
 
-class EvoLevit(training.LayerToStage, Levit):
+class EvoLevit(HubModel, training.LayerToStage, Levit):
     """LeViT with slow-fast token evolution.
 
     A class token and position embeddings take the place of attention biases. Class attention tells informative patches
@@ -541,6 +542,11 @@ class EvoLevit(training.LayerToStage, Levit):
         """
         self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
         self._set_schedule()
+        self._remember_args(keep_ratio=self.keep_ratio)
+
+    @torch.jit.ignore
+    def _current_args(self) -> Dict[str, Any]:
+        return dict(img_size=self.img_size, in_chans=self.in_chans, global_pool=self.global_pool)
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
@@ -715,16 +721,29 @@ class EvoLevit(training.LayerToStage, Levit):
         return (logits + logits_dist) / 2
 
 
-def _create_evo_levit(variant: str, pretrained: bool = False, **kwargs: Any) -> EvoLevit:
+def _create_evo_levit(
+        variant: str,
+        pretrained: bool = False,
+        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        **kwargs: Any,
+) -> EvoLevit:
     out_indices = kwargs.pop('out_indices', (0, 1, 2))
-    return build_model_with_cfg(
+    cfg = resolve_weights(
+        variant, pretrained, pretrained_cfg, pretrained_cfg_overlay,
+        'which no Evo-LeViT has but Evo-DeiT has: evo_deit_small_patch16_224.fb_in1k, for one')
+    model = build_model_with_cfg(
         EvoLevit,
         variant,
         pretrained,
+        pretrained_cfg=cfg,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
+    if isinstance(model, EvoLevit):
+        model._remember_args(**kwargs)
+    return model
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
@@ -743,16 +762,16 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'evo_levit_128s.evovit_in1k': _cfg(),
-    'evo_levit_128.evovit_in1k': _cfg(),
-    'evo_levit_192.evovit_in1k': _cfg(),
-    'evo_levit_256.evovit_in1k': _cfg(),
-    'evo_levit_384.evovit_in1k': _cfg(),
+    'evo_levit_128s.evovit_in1k': _cfg(**published('evo_levit_128s')),
+    'evo_levit_128.evovit_in1k': _cfg(**published('evo_levit_128')),
+    'evo_levit_192.evovit_in1k': _cfg(**published('evo_levit_192')),
+    'evo_levit_256.evovit_in1k': _cfg(**published('evo_levit_256')),
+    'evo_levit_384.evovit_in1k': _cfg(**published('evo_levit_384')),
     'evo_levit_128s_384.untrained': _cfg(input_size=(3, 384, 384)),
     'evo_levit_128_384.untrained': _cfg(input_size=(3, 384, 384)),
     'evo_levit_192_384.untrained': _cfg(input_size=(3, 384, 384)),
-    'evo_levit_256_384.evovit_in1k': _cfg(input_size=(3, 384, 384)),
-    'evo_levit_384_384.evovit_in1k': _cfg(input_size=(3, 384, 384)),
+    'evo_levit_256_384.evovit_in1k': _cfg(input_size=(3, 384, 384), **published('evo_levit_256_384')),
+    'evo_levit_384_384.evovit_in1k': _cfg(input_size=(3, 384, 384), **published('evo_levit_384_384')),
 })
 
 
