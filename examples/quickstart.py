@@ -190,7 +190,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     root = write_digits(args.output / 'digits')
     evo_name, dense_name, model_args, _ = MODELS[args.model]
     train, validation = create_loaders(root, model_args['img_size'], args.batch_size)
-    runs = [Run(name, model_args, len(train), args) for name in (dense_name, evo_name)]
+    evo_args = dict(model_args, layer_to_stage_epochs=2 * args.epochs // 3)  # as the paper trains
+    runs = [Run(dense_name, model_args, len(train), args), Run(evo_name, evo_args, len(train), args)]
     train_in_turns(runs, train, args.epochs)
     images = torch.cat([x for x, _ in validation])
     time_in_turns(runs, images[:256].to(args.device))

@@ -110,3 +110,29 @@ def test_names_imagenet_classes_only_where_there_are_a_thousand(tmp_path):
     few, many = build_deit(depth=3), build_deit(depth=3, num_classes=1000)
     (_, short), (_, long) = *visualize(few, [tmp_path / 'a.png']), *visualize(many, [tmp_path / 'a.png'])
     assert long.height > short.height
+
+
+def test_command(tmp_path, capsys):
+    from timm_evovit.cli import main
+    small = ['img_size=32', 'patch_size=8', 'embed_dim=24', 'num_heads=3', 'mlp_ratio=2', 'depth=6']
+    model = build_deit(depth=6)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
+    for name in ('a/x.png', 'b/x.png', 'y.jpg'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        ramp().save(tmp_path / name)
+    common = ['--model', 'evo_deit_tiny', '--checkpoint', str(tmp_path / 'model.pth'), '--num-classes', '10']
+    tail = ['--sheet', '--model-kwargs', *small]
+    images = [str(tmp_path / 'a'), str(tmp_path / 'b'), str(tmp_path / '*.jpg')]
+    assert main(['visualize', *images, *common, '--output', str(tmp_path / 'out'), *tail]) == 0
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['sheet.png', 'x-2.png', 'x.png', 'y.png']
+    (_, expected), = visualize(model, [tmp_path / 'y.jpg'])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / 'out' / 'y.png')), np.asarray(expected))
+    capsys.readouterr()
+
+    (tmp_path / 'a' / 'bad.png').write_bytes(b'no picture')
+    assert main(['visualize', *images, *common, '--output', str(tmp_path / 'out2'), *tail]) == 1
+    assert 'bad.png is skipped' in capsys.readouterr().err and len(list((tmp_path / 'out2').iterdir())) == 4
+    assert main(['visualize', 'nowhere*', *common, '--output', str(tmp_path / 'out3'), *tail]) == 1
+    assert 'nowhere*: no image there' in capsys.readouterr().err and not (tmp_path / 'out3').exists()
+    assert main(['visualize', *images, '--model', 'resnet10t', '--output', str(tmp_path / 'out3')]) == 1
+    assert 'evolves tokens' in capsys.readouterr().err

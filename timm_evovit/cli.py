@@ -1,21 +1,57 @@
 """The command timm-evovit."""
 import argparse
 import sys
+from pathlib import Path
 from typing import List, Optional
 
+import timm
 from timm.utils import ParseKwargs
+from tqdm import tqdm
 
 from .convert import convert, upload
+from .visualize import find_images, sheet, visualize
 
 __all__ = ['main']
 
 
-def _convert(args: argparse.Namespace) -> None:
+def _convert(args: argparse.Namespace) -> int:
     conversion = convert(args.model, args.checkpoint, args.output, args.use_ema, args.model_kwargs)
     print(conversion.report())
     if args.push_to_hub:
         upload(conversion, args.push_to_hub)
         print(f"{args.push_to_hub}: uploaded, timm.create_model('hf-hub:{args.push_to_hub}', pretrained=True)")
+    return 0
+
+
+def _visualize(args: argparse.Namespace) -> int:
+    paths = find_images(args.images)
+    kwargs = dict(args.model_kwargs)
+    for key in ('img_size', 'num_classes'):
+        if getattr(args, key) is not None:
+            kwargs[key] = getattr(args, key)
+    if args.checkpoint:
+        kwargs['pretrained_cfg_overlay'] = dict(file=args.checkpoint, num_classes=kwargs.get('num_classes', 1000))
+    model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.checkpoint), **kwargs).to(args.device)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    drawings, unread, names = [], 0, {'sheet'}
+    for path, drawing in tqdm(visualize(model, paths, args.attention), total=len(paths), unit='image', disable=None):
+        if isinstance(drawing, OSError):
+            tqdm.write(f'timm-evovit: {path} is skipped: {drawing}', file=sys.stderr)
+            unread += 1
+            continue
+        name, count = path.stem, 1
+        while name in names:  # files of the same name in several folders
+            count += 1
+            name = f'{path.stem}-{count}'
+        names.add(name)
+        drawing.save(args.output / f'{name}.png')
+        if args.sheet:
+            drawings.append(drawing)
+    if drawings:
+        sheet(drawings).save(args.output / 'sheet.png')
+    print(f'{args.output}: {len(paths) - unread} of {len(paths)} images drawn')
+    return int(unread > 0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,6 +75,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--push-to-hub', metavar='ORG/NAME',
         help='upload to the Hugging Face Hub as well, with the token of `hf auth login`')
+
+    command = commands.add_parser(
+        'visualize', help='draw which patches a model calls informative',
+        description='Draw one PNG per image: the picture and, for each token selection, the picture with uninformative '
+                    'patches faded. Images that cannot be read are named and skipped; the exit status is then 1.')
+    command.set_defaults(run=_visualize)
+    command.add_argument('images', metavar='IMAGE', nargs='+', help='image file, folder of images or glob pattern')
+    command.add_argument('--model', metavar='NAME', required=True, help='evolving model, by any name that timm takes')
+    weights = command.add_mutually_exclusive_group()
+    weights.add_argument('--checkpoint', metavar='FILE', help="weights, of timm's train.py or of the authors")
+    weights.add_argument('--pretrained', action='store_true', help="the model's pretrained weights")
+    command.add_argument('--output', metavar='DIR', required=True, type=Path, help='folder to write to')
+    command.add_argument('--attention', action='store_true', help='draw the class attention behind each selection too')
+    command.add_argument('--sheet', action='store_true', help='write all drawings one below the other to sheet.png')
+    command.add_argument('--img-size', metavar='N', type=int, help="input size, the model's own by default")
+    command.add_argument('--num-classes', metavar='N', type=int, help="of the checkpoint, the model's own by default")
+    command.add_argument('--device', default='cpu')
+    command.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='arguments of the model')
     return parser
 
 
@@ -53,11 +108,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
-    except (OSError, RuntimeError, ValueError) as e:
+        return args.run(args)
+    except (OSError, RuntimeError, TypeError, ValueError) as e:
         print(f'timm-evovit: {e}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('timm-evovit: interrupted', file=sys.stderr)
         return 130
-    return 0

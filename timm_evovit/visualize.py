@@ -26,6 +26,15 @@ class InformativeTokens(NamedTuple):
     attention: torch.Tensor  # (B, H, W) global class attention that decided
 
 
+def check_evolves(model: nn.Module) -> None:
+    """
+    Raises:
+        TypeError: The model does not evolve tokens.
+    """
+    if not hasattr(model, 'forward_selections'):
+        raise TypeError(f'{type(model).__name__} is not a model that evolves tokens, such as evo_deit_small.')
+
+
 @torch.no_grad()
 def informative_tokens(model: nn.Module, images: torch.Tensor) -> List[InformativeTokens]:
     """Find out which patches a model calls informative.
@@ -40,8 +49,7 @@ def informative_tokens(model: nn.Module, images: torch.Tensor) -> List[Informati
     Raises:
         TypeError: The model does not evolve tokens.
     """
-    if not hasattr(model, 'forward_selections'):
-        raise TypeError(f'informative_tokens takes a model that evolves tokens, got {type(model).__name__}.')
+    check_evolves(model)
     found = []
     with evaluating(model):
         for selection, (H, W) in model.forward_selections(images):
@@ -186,7 +194,11 @@ def visualize(
 
     Yields:
         File and drawing, or the error where a file cannot be read.
+
+    Raises:
+        TypeError: The model does not evolve tokens.
     """
+    check_evolves(model)
     data = resolve_model_data_config(model)
     img_size = getattr(model, 'img_size', None) or model.patch_embed.img_size or data['input_size'][1:]
     data['input_size'] = (model.in_chans, *img_size)
