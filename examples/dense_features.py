@@ -9,7 +9,6 @@ turns on the same pictures. Prints mean IoU and speed and writes `result.json` a
 """
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -23,6 +22,8 @@ from skimage.transform import resize
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from quickstart import draw_rows, now, speed_up
 
 SIZE = 64
 CLASSES = ('background', 'even digit', 'odd digit')
@@ -97,31 +98,19 @@ def mean_iou(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Li
 
 
 def draw(models: Dict[str, nn.Module], images: torch.Tensor, labels: torch.Tensor, path: Path) -> None:
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    rows = [('picture', images[:, 0].cpu() / 2 + 0.5), ('truth', labels.cpu())]
+    """Pictures above what is true of their pixels and what each model says."""
+    colours = matplotlib.colormaps['viridis']
+    maps = [('truth', labels)]
     with torch.inference_mode():
-        rows += [(name, model(images).argmax(dim=1).cpu()) for name, model in models.items()]
-    figure, axes = plt.subplots(len(rows), len(images), figsize=(1.4 * len(images) + 1, 1.45 * len(rows)))
-    for (label, pictures), line in zip(rows, axes):
-        for axis, picture in zip(line, pictures):
-            axis.imshow(picture, **(dict(cmap='gray') if label == 'picture' else dict(cmap='viridis', vmin=0, vmax=2)))
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(label, rotation=0, ha='right', va='center', fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        maps += [(name, model(images).argmax(dim=1)) for name, model in models.items()]
+    rows = [('picture', images.permute(0, 2, 3, 1).cpu() / 2 + 0.5)]
+    rows += [(name, colours(m.cpu().numpy() / (len(CLASSES) - 1))[..., :3]) for name, m in maps]
+    draw_rows(rows, path)
 
 
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-
-    def now() -> float:
-        if args.device.startswith('cuda'):
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     scenes = Scenes(slice(0, 1437), args.seed)
     models, optimizers, schedulers, seconds = {}, {}, {}, {}
@@ -135,12 +124,12 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     for step in progress:
         images, labels = scenes.batch(args.batch_size, args.device)
         for name in list(models) if step % 2 else reversed(list(models)):
-            start = now()
+            start = now(args.device)
             loss = F.cross_entropy(models[name](images), labels)
             optimizers[name].zero_grad()
             loss.backward()
             optimizers[name].step()
-            seconds[name]['training'].append(now() - start)
+            seconds[name]['training'].append(now(args.device) - start)
             schedulers[name].step()
         progress.set_description(f'loss {loss.item():.3f}')
 
@@ -149,16 +138,16 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
         model.eval()
     for i in range(9):
         for name in list(models) if i % 2 else reversed(list(models)):
-            start = now()
+            start = now(args.device)
             with torch.inference_mode():
                 models[name](images[:64])
             if i:
-                seconds[name]['inference'].append(now() - start)
+                seconds[name]['inference'].append(now(args.device) - start)
     result: Dict[str, Any] = {'steps': args.steps, 'seed': args.seed, 'models': {}}
     for name, model in models.items():
         iou = mean_iou(model, images, labels)
         result['models'][name] = {'iou': dict(zip(CLASSES, iou)), 'mean_iou': sum(iou) / len(iou)} | {
-            f'{kind}_speed_up': float(np.median(np.divide(seconds['deit'][kind], seconds[name][kind])))
+            f'{kind}_speed_up': speed_up(seconds['deit'][kind], seconds[name][kind])
             for kind in ('training', 'inference')}
     (args.output / 'result.json').write_text(json.dumps(result, indent=2))
     picture = args.output / 'segmentation.png'

@@ -80,6 +80,13 @@ def create_loaders(root: Path, img_size: int, batch_size: int) -> Tuple[Any, Any
     return train, create_loader(create_dataset('', root=root, split='validation'), **data)
 
 
+def now(device: str) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.startswith('cuda'):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Run:
     """One model in training."""
 
@@ -105,21 +112,16 @@ class Run:
         self.task.train()
         for images, target in loader:
             images, target = images.to(self.device), target.to(self.device)
-            start = self.now()
+            start = now(self.device)
             loss = self.task(images, target)['loss']
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            self.train_seconds += self.now() - start  # without loading, which costs all models the same
+            self.train_seconds += now(self.device) - start  # without loading, which costs all models the same
             self.updates += 1
             self.scheduler.step_update(self.updates)
             progress.update()
         return loss.item()
-
-    def now(self) -> float:
-        if self.device.startswith('cuda'):
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     @torch.inference_mode()
     def top1(self, loader: Any) -> float:
@@ -130,9 +132,9 @@ class Run:
     @torch.inference_mode()
     def time_inference(self, images: torch.Tensor) -> None:
         self.model.eval()
-        start = self.now()
+        start = now(self.device)
         self.model(images)
-        self.inference_seconds.append(self.now() - start)
+        self.inference_seconds.append(now(self.device) - start)
 
 
 def train_in_turns(runs: List[Run], loader: Any, epochs: int, description: str = '') -> None:
@@ -158,28 +160,34 @@ def speed_up(dense: List[float], evo: List[float]) -> float:
     return statistics.median(a / b for a, b in zip(dense, evo))
 
 
-def draw(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
-    """Digits above the same digits with only the informative patches of each selection left bright."""
+def draw_rows(rows: List[Tuple[str, Any]], path: Path) -> None:
+    """Write rows of pictures (B, H, W, 3) in [0, 1], each with a label on its left, to a PNG."""
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    selections = informative_tokens(model, images.to(next(model.parameters()).device))
-    pixels = (images * STD[0] + MEAN[0]).clamp(0, 1)
-    rows = [('digit', torch.ones_like(pixels[:, :1]))]
-    for s in selections:
-        mask = torch.nn.functional.interpolate(s.mask[:, None].float().cpu(), pixels.shape[-2:])
-        rows.append((f'informative\nfrom block {s.block}', mask))
-    figure, axes = plt.subplots(
-        len(rows), len(images), figsize=(1.2 * len(images) + 1, 1.25 * len(rows)), squeeze=False)
-    dark = torch.tensor([0.35, 0.0, 0.25]).view(3, 1, 1)
-    for (label, mask), line in zip(rows, axes):
-        for axis, image, keep in zip(line, pixels, mask):
-            axis.imshow((image * keep + (0.35 * image + dark) * (1 - keep)).clamp(0, 1).permute(1, 2, 0))
+    count = len(rows[0][1])
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.2 * count + 1, 1.25 * len(rows)), squeeze=False)
+    for (label, pictures), line in zip(rows, axes):
+        for axis, picture in zip(line, pictures):
+            axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, rotation=0, ha='right', va='center', fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
+    """Digits above the same digits with only the informative patches of each selection left bright."""
+    selections = informative_tokens(model, images.to(next(model.parameters()).device))
+    pixels = (images * STD[0] + MEAN[0]).clamp(0, 1)
+    dark = torch.tensor([0.35, 0.0, 0.25]).view(3, 1, 1)
+    rows = [('digit', pixels.permute(0, 2, 3, 1))]
+    for s in selections:
+        keep = torch.nn.functional.interpolate(s.mask[:, None].float().cpu(), pixels.shape[-2:])
+        faded = (pixels * keep + (0.35 * pixels + dark) * (1 - keep)).clamp(0, 1)
+        rows.append((f'informative\nfrom block {s.block}', faded.permute(0, 2, 3, 1)))
+    draw_rows(rows, path)
 
 
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
@@ -215,7 +223,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     print(f'\n{"model":28} {"top-1 %":>8} {"img/s":>8} {"training s":>11}')
     for name, r in result['models'].items():
         print(f'{name:28} {r["top1"]:8.2f} {r["images_per_second"]:8.0f} {r["train_seconds"]:11.1f}')
-    print(f'\nspeed-up of {evo.name}: {result["speed_up"]:.2f} in inference, {result["training_speed_up"]:.2f} in training')
+    print(f'\nspeed-up of {evo.name}: {result["speed_up"]:.2f} in inference, '
+          f'{result["training_speed_up"]:.2f} in training')
     print(f'{result["validation_images"]} validation images, {args.epochs} epochs, {result["seconds"]:.0f} s in all')
     print(f'picture: {picture}')
     return result

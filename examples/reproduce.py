@@ -10,7 +10,6 @@ Writes `result.json`, after each seed, and `accuracy_speed.png` to --output.
 """
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
@@ -24,6 +23,7 @@ import timm
 import torch
 from PIL import Image
 
+from benchmark import machine
 from quickstart import MODELS, Run, create_loaders, speed_up, time_in_turns, train_in_turns, write_digits
 
 PHOTOGRAPHS = (
@@ -152,8 +152,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
             for label, figures in run_seed(root, seed, args).items():
                 results[name][label].append(figures)
         report = {
-            'machine': platform.processor() or platform.machine(), 'threads': torch.get_num_threads(),
-            'device': args.device, 'torch': torch.__version__, 'timm': timm.__version__, 'epochs': args.epochs,
+            'machine': machine(args), 'torch': torch.__version__, 'timm': timm.__version__, 'epochs': args.epochs,
             'batch_size': args.batch_size, 'seconds': time.perf_counter() - start, 'results': results,
         }
         (args.output / 'result.json').write_text(json.dumps(report, indent=2))

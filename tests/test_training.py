@@ -4,6 +4,8 @@ from collections import OrderedDict
 
 import distributed
 import pytest
+import test_evo_deit
+import test_evo_levit
 import timm
 import torch
 from distributed import build_deit, build_levit
@@ -115,7 +117,10 @@ def test_weights_of_a_finished_training_start_a_new_one(family):
     create = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=model.state_dict(), num_classes=10))
     for epochs in (0, 1):
         tuned = FAMILIES[family](layer_to_stage_epochs=epochs, num_classes=3, **create)
-        assert tuned.head is not None and (not epochs or tuned.train().layerwise_phase)
+        if epochs:
+            assert tuned.epochs_started == 0 and tuned.train().layerwise_phase
+        else:
+            assert 'epochs_started' not in tuned.state_dict()
 
 
 @both
@@ -296,9 +301,14 @@ def test_fine_tuning_at_another_size_with_other_classes(family, tmp_path):
     model = FAMILIES[family](seed=3)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
     size = 96 if family == 'levit' else 48
-    tuned = FAMILIES[family](
-        num_classes=4, img_size=size, pretrained=True,
-        pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.pth'), num_classes=10))
+    name, small, layer = {
+        'deit': ('evo_deit_tiny', dict(test_evo_deit.SMALL, depth=6), 'blocks.5.attn.qkv.weight'),
+        'levit': ('evo_levit_128s', test_evo_levit.SMALL, 'stages.2.blocks.1.attn.qkv.linear.weight'),
+    }[family]
+    tuned = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.pth'), num_classes=10),
+        **{**small, 'num_classes': 4, 'img_size': size})
+    assert torch.equal(tuned.get_parameter(layer), model.get_parameter(layer))
     assert tuned.train()(torch.randn(2, 3, size, size)).shape == (2, 4)
 
 

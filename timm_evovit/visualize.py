@@ -2,11 +2,11 @@
 import glob
 import os
 from pathlib import Path
-from typing import Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Iterable, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import nn
 from torch.nn import functional as F
@@ -182,15 +182,15 @@ def visualize(
         model: nn.Module,
         paths: Iterable[Union[str, os.PathLike]],
         attention: bool = False,
-        classify: Optional[bool] = None,
 ) -> Iterator[Tuple[Path, Union[Image.Image, OSError]]]:
     """Draw what a model looks at in each of some image files.
+
+    Below stand the five most probable classes if there are a thousand, which are taken for ImageNet's.
 
     Args:
         model: Evolving model of timm.
         paths: Image files.
         attention: Draw the class attention as well.
-        classify: Write the five most probable classes below. Default: if there are a thousand, ImageNet's.
 
     Yields:
         File and drawing, or the error where a file cannot be read.
@@ -207,11 +207,11 @@ def visualize(
     transform = create_transform(**data)
     mean, std = (torch.tensor(data[k]).view(-1, 1, 1) for k in ('mean', 'std'))
     weight = next(model.parameters())
-    labels = ImageNetInfo() if classify or (classify is None and model.num_classes == 1000) else None
+    labels = ImageNetInfo() if model.num_classes == 1000 else None
     for path in map(Path, paths):
         try:
             image = open_image(path, 'L' if model.in_chans == 1 else 'RGB')
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
+        except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
             yield path, e if isinstance(e, OSError) else OSError(str(e))
             continue
         x = transform(image)
