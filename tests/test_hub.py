@@ -171,6 +171,9 @@ def test_weights_handed_over_are_the_papers(hub):
     for name in ('evo_deit_tiny', 'evo_deit_tiny.fb_in1k', 'evo_deit_base_patch16_384.fb_in1k'):
         model = create(name, pretrained=False)
         assert model.global_pool == 'avg' and model.pretrained_cfg['crop_pct'] == 0.875
+    for crop_pct in (0.9, 1.0):  # the first is that of the tag
+        model = create('evo_deit_tiny', pretrained=False, pretrained_cfg_overlay=dict(crop_pct=crop_pct))
+        assert model.pretrained_cfg['crop_pct'] == crop_pct
     ''')
     assert set(hub.server.requests) == {'GET /weights.pth'}
 

@@ -343,7 +343,8 @@ def _create_evo_deit(
     deit = default_cfgs[variant].cfgs.get('fb_in1k')
     if pretrained and (cfg.hf_hub_id or '').partition('@')[0] in _deit_weights and not (cfg.file or cfg.state_dict):
         kwargs.setdefault('global_pool', 'token')  # what DeiT's norm and head were trained for
-    elif deit is not None and cfg.tag == 'fb_in1k' and cfg.source is None and cfg.crop_pct == deit.crop_pct:
+    elif (deit is not None and cfg.tag == 'fb_in1k' and cfg.source is None and cfg.crop_pct == deit.crop_pct
+          and 'crop_pct' not in (pretrained_cfg_overlay or {})):
         cfg = replace(cfg, crop_pct=_cfg()['crop_pct'])  # not DeiT's weights after all: the paper's transform too
     model = build_model_with_cfg(
         EvoVisionTransformer,
