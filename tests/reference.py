@@ -3,7 +3,7 @@
 Weights are read from the model's state dict; everything else is done here, after the paper and the authors' choices.
 """
 import math
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch.nn import functional as F
@@ -41,9 +41,8 @@ def block(w: Weights, i: int, x: torch.Tensor, heads: int) -> Tuple[torch.Tensor
 
 
 def evolve(
-        w: Weights,
+        block: Callable[[int, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]],
         x: torch.Tensor,
-        heads: int,
         depth: int,
         num_prefix: int,
         stages: Sequence[int],
@@ -52,7 +51,10 @@ def evolve(
         layer_wise: bool,
         representative: bool,
 ) -> Result:
-    """Tokens (N, C) of one image through all blocks, with every attention row tracked whether or not it is read."""
+    """Tokens (N, C) of one image through all blocks, with every attention row tracked whether or not it is read.
+
+    `block(i, tokens)` runs block i and returns class attention over all tokens as well.
+    """
     N = len(x)
     n = N - num_prefix
     g = None
@@ -91,7 +93,7 @@ def evolve(
                     token = token_before = sum(g[j] / total * value for j, value in waiting.items())
                 x = torch.stack(list(x[:num_prefix]) + [x[num_prefix + j] for j in kept])
         sequence = x if token is None else torch.cat([x, token[None]])
-        sequence, row = block(w, i, sequence, heads)
+        sequence, row = block(i, sequence)
         if token is not None:
             token = sequence[-1]
             sequence = sequence[:-1]
@@ -130,6 +132,6 @@ def image_logits(model: torch.nn.Module, image: torch.Tensor, heads: int) -> Tup
             tokens.append((weight * patch).sum(dim=(1, 2, 3)) + bias)
     x = torch.stack(tokens) + w['pos_embed'][0]
     result = evolve(
-        w, x, heads, len(model.blocks), num_prefix, model.stages, model.keep_ratio, model.tradeoff,
-        model.selection == 'layer', model.blocks.representative_token)
+        lambda i, y: block(w, i, y, heads), x, len(model.blocks), num_prefix, model.stages, model.keep_ratio,
+        model.tradeoff, model.selection == 'layer', model.blocks.representative_token)
     return (*logits(w, result.tokens, num_prefix), result)

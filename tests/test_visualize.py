@@ -134,5 +134,9 @@ def test_command(tmp_path, capsys):
     assert 'bad.png is skipped' in capsys.readouterr().err and len(list((tmp_path / 'out2').iterdir())) == 4
     assert main(['visualize', 'nowhere*', *common, '--output', str(tmp_path / 'out3'), *tail]) == 1
     assert 'nowhere*: no image there' in capsys.readouterr().err and not (tmp_path / 'out3').exists()
+    assert main([
+        'visualize', str(tmp_path / 'y.jpg'), '--model', 'vit_tiny_patch16_224', '--output', str(tmp_path / 'out4'),
+        '--model-kwargs', *small]) == 0
+    assert Image.open(tmp_path / 'out4' / 'y.png').width == 3 * 224 + 4 * GAP  # two selections of the default stages
     assert main(['visualize', *images, '--model', 'resnet10t', '--output', str(tmp_path / 'out3')]) == 1
-    assert 'evolves tokens' in capsys.readouterr().err
+    assert 'got ResNet' in capsys.readouterr().err

@@ -11,6 +11,8 @@ from .autoload import autoload
 if TYPE_CHECKING:
     from .evo_deit import EvoVisionTransformer as EvoVisionTransformer
     from .evo_levit import EvoLevit as EvoLevit
+    from .evo_vit import evolve as evolve
+    from .evo_vit import evolve_model as evolve_model
     from .training import AssistedLoss as AssistedLoss
     from .visualize import informative_tokens as informative_tokens
 
@@ -20,6 +22,8 @@ _modules = {
     'EvoVisionTransformer': 'evo_deit',
     'EvoLevit': 'evo_levit',
     'AssistedLoss': 'training',
+    'evolve': 'evo_vit',
+    'evolve_model': 'evo_vit',
     'informative_tokens': 'visualize',
 }
 __all__ = ['__version__', *_modules]

@@ -9,6 +9,7 @@ from timm.utils import ParseKwargs
 from tqdm import tqdm
 
 from .convert import convert, upload
+from .evo_vit import evolve
 from .visualize import find_images, sheet, visualize
 
 __all__ = ['main']
@@ -31,7 +32,8 @@ def _visualize(args: argparse.Namespace) -> int:
             kwargs[key] = getattr(args, key)
     if args.checkpoint:
         kwargs['pretrained_cfg_overlay'] = dict(file=args.checkpoint, num_classes=kwargs.get('num_classes', 1000))
-    model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.checkpoint), **kwargs).to(args.device)
+    model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.checkpoint), **kwargs)
+    model = (model if hasattr(model, 'forward_selections') else evolve(model)).to(args.device)
 
     args.output.mkdir(parents=True, exist_ok=True)
     drawings, unread, names = [], 0, {'sheet'}
@@ -82,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
                     'patches faded. Images that cannot be read are named and skipped; the exit status is then 1.')
     command.set_defaults(run=_visualize)
     command.add_argument('images', metavar='IMAGE', nargs='+', help='image file, folder of images or glob pattern')
-    command.add_argument('--model', metavar='NAME', required=True, help='evolving model, by any name that timm takes')
+    command.add_argument(
+        '--model', metavar='NAME', required=True,
+        help='model, by any name that timm takes: an evolving one, or a Vision Transformer, which is made one')
     weights = command.add_mutually_exclusive_group()
     weights.add_argument('--checkpoint', metavar='FILE', help="weights, of timm's train.py or of the authors")
     weights.add_argument('--pretrained', action='store_true', help="the model's pretrained weights")

@@ -10,68 +10,19 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Attention
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 
-from . import evolution, training
+from . import training
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
+from .evo_vit import EvoAttention, EvoBlock, Evolving
 from .hub import HubModel, published, resolve_weights
 
 __all__ = ['EvoVisionTransformer']  # register_model will add each entrypoint fn to this
 
 
-class EvoAttention(Attention):
-    """timm's Attention, which can also return class attention."""
-
-    def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Self-attention and, beside it, class attention.
-
-        Args:
-            x: Tokens (B, N, C), the class token first.
-
-        Returns:
-            Output (B, N, C), class attention over all tokens (B, N).
-        """
-        B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        row = evolution.class_attention(q, k, self.scale)
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
-        else:
-            x = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-        x = self.norm(x.transpose(1, 2).reshape(B, N, -1))
-        return self.proj_drop(self.proj(x)), row
-
-
-class EvoBlock(Block):
-    """timm's Block, which can also return the class attention of its attention layer."""
-
-    def forward(self, x: torch.Tensor, class_attention: bool = False):
-        """
-        Args:
-            x: Tokens (B, N, C), the class token first.
-            class_attention: Return class attention over all tokens, (B, N), beside the tokens.
-        """
-        if class_attention and not torch.jit.is_scripting():
-            return self.forward_class_attention(x)
-        return self._residual(x, self.attn(self.norm1(x)))
-
-    def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The same, with class attention, for TorchScript."""
-        attn, row = self.attn.forward_class_attention(self.norm1(x))
-        return self._residual(x, attn), row
-
-    def _residual(self, x: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.ls1(attn))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
-class EvoVisionTransformer(HubModel, training.LayerToStage, VisionTransformer):
+class EvoVisionTransformer(HubModel, Evolving, training.LayerToStage, VisionTransformer):
     """Vision Transformer with slow-fast token evolution.
 
     Class attention tells informative patches from placeholders. Informative patches go through the blocks,
@@ -132,23 +83,7 @@ class EvoVisionTransformer(HubModel, training.LayerToStage, VisionTransformer):
         super().__init__(
             img_size, patch_size, in_chans, num_classes, global_pool, weight_init='skip', **kwargs)
 
-        depth = len(self.blocks)
-        if stages is None:
-            stages = sorted({depth // 3, 2 * depth // 3} - {0})
-        self.stages = evolution.check_stages(stages, depth)
-        if tradeoff is None:
-            first = self.stages[0] if self.stages else depth
-            tradeoff = (1.,) * first + (0.5,) * (depth - first)
-        self.tradeoff = evolution.check_tradeoff(tradeoff, depth)
-        self.selection = evolution.check_selection(selection)
-        self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
-        self.blocks = evolution.EvolvingSequential(
-            *self.blocks,
-            schedule=self._schedule(),
-            tradeoff=self.tradeoff,
-            num_prefix_tokens=self.num_prefix_tokens,
-            representative_token=representative_token,
-        )
+        self._init_evolution(keep_ratio, stages, tradeoff, selection, representative_token)
 
         self.assisted_cls = assisted_cls
         self.assisted_training = False  # must set this True to train w/ both heads' logits
@@ -158,14 +93,6 @@ class EvoVisionTransformer(HubModel, training.LayerToStage, VisionTransformer):
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
-
-    def _schedule(self) -> evolution.Schedule:
-        selection = 'layer' if self.layerwise_phase else self.selection
-        return evolution.Schedule.build(self.tradeoff, self.stages, self.keep_ratio, selection)
-
-    @torch.jit.ignore
-    def _set_schedule(self) -> None:
-        self.blocks.set_schedule(self._schedule())
 
     def _reset_cls_head(self) -> None:
         """Give the class token a norm and a classifier where it has something to assist."""
@@ -181,16 +108,7 @@ class EvoVisionTransformer(HubModel, training.LayerToStage, VisionTransformer):
 
     @torch.jit.ignore
     def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
-        """Change the ratio of informative patches, weights untouched. At 1 the model is its dense twin.
-
-        Args:
-            keep_ratio: Ratio in (0, 1], one for all evolution stages or one per stage.
-
-        Raises:
-            TypeError, ValueError: As at construction; the model is then unchanged.
-        """
-        self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
-        self._set_schedule()
+        super().set_keep_ratio(keep_ratio)
         self._remember_args(keep_ratio=self.keep_ratio)
 
     @torch.jit.ignore
@@ -209,11 +127,6 @@ class EvoVisionTransformer(HubModel, training.LayerToStage, VisionTransformer):
         self.assisted_training = enable
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        super().set_grad_checkpointing(enable)
-        self.blocks.grad_checkpointing = enable
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
         matcher = super().group_matcher(coarse)
         matcher['blocks'][-1] = (r'^norm\.', (99999,))  # norm_cls belongs to the head, as fc_norm does
@@ -226,87 +139,6 @@ class EvoVisionTransformer(HubModel, training.LayerToStage, VisionTransformer):
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         self._reset_cls_head()
-
-    def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
-        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        depth = len(self.blocks)
-        self.stages = tuple(s for s in self.stages if s < depth)
-        self.keep_ratio = self.keep_ratio[:len(self.stages)]
-        self.tradeoff = self.tradeoff[:depth]
-        self._set_schedule()
-        return take_indices
-
-    def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Image (B, in_chans, H, W) to tokens (B, N, C), the patch grid complete and in raster order."""
-        return self.norm(self.blocks(self._embed(x)))
-
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            return_prefix_tokens: bool = False,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-            output_dict: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
-        """Forward features that returns intermediates, the complete patch grid after any block.
-
-        Args:
-            x: Input image tensor (B, in_chans, H, W).
-            indices: Take last n blocks if int, all if None, select matching indices if sequence.
-            return_prefix_tokens: Return both prefix and spatial intermediate tokens.
-            norm: Apply norm layer to all intermediates.
-            stop_early: Stop iterating over blocks when last desired intermediate hit.
-            output_fmt: Shape of intermediate feature outputs, 'NCHW' (B, C, h, w) or 'NLC' (B, h * w, C).
-            intermediates_only: Only return intermediate features.
-            output_dict: Return a dictionary with 'image_features', 'image_intermediates' and, if asked for,
-                'image_intermediates_prefix'.
-        """
-        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-
-        height, width = x.shape[-2:]
-        x = self._embed(x)
-        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
-            x, intermediates = self.blocks.forward_intermediates(x, take_indices)
-        else:
-            x, intermediates = self.blocks[:max_index + 1].forward_intermediates(x, take_indices)
-        if norm:
-            intermediates = [self.norm(y) for y in intermediates]
-        prefix_tokens = [y[:, :self.num_prefix_tokens] for y in intermediates]
-        intermediates = [y[:, self.num_prefix_tokens:] for y in intermediates]
-        if output_fmt == 'NCHW':
-            H, W = self.patch_embed.dynamic_feat_size((height, width))
-            intermediates = [y.transpose(1, 2).unflatten(2, (H, W)).contiguous() for y in intermediates]
-
-        if output_dict:
-            output: Dict[str, Any] = {'image_intermediates': intermediates}
-            if return_prefix_tokens:
-                output['image_intermediates_prefix'] = prefix_tokens
-            if not intermediates_only:
-                output['image_features'] = self.norm(x)
-            return output
-        if return_prefix_tokens and not torch.jit.is_scripting():
-            intermediates = list(zip(intermediates, prefix_tokens))
-        if intermediates_only:
-            return intermediates
-        return self.norm(x), intermediates
-
-    @torch.jit.ignore
-    def forward_selections(self, x: torch.Tensor) -> List[Tuple[evolution.Selection, Tuple[int, int]]]:
-        """Image (B, in_chans, H, W) to the token selections made in it, each with its grid size."""
-        grid_size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        return [(s, grid_size) for s in self.blocks.evolve(self._embed(x), None, None, [])[3]]
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
         """Tokens (B, N, C) to logits (B, num_classes).
@@ -325,8 +157,6 @@ class EvoVisionTransformer(HubModel, training.LayerToStage, VisionTransformer):
             return logits, logits_cls
         return training.alternate_heads(logits, logits_cls)
 
-    def forward(self, x: torch.Tensor):
-        return self.forward_head(self.forward_features(x))
 
 
 def _create_evo_deit(

@@ -32,7 +32,8 @@ def check_evolves(model: nn.Module) -> None:
         TypeError: The model does not evolve tokens.
     """
     if not hasattr(model, 'forward_selections'):
-        raise TypeError(f'{type(model).__name__} is not a model that evolves tokens, such as evo_deit_small.')
+        raise TypeError(f'{type(model).__name__} is not a model that evolves tokens, such as evo_deit_small; '
+                        f'timm_evovit.evolve makes one of a Vision Transformer.')
 
 
 @torch.no_grad()

@@ -1,0 +1,233 @@
+"""Any ViT of timm that evolves, against its own dense blocks run by a plain reference."""
+import copy
+import math
+
+import pytest
+import reference
+import timm
+import torch
+from timm.models._features import FeatureGetterNet
+from timm.models.vision_transformer import Attention, ResPostBlock, VisionTransformer
+
+import timm_evovit
+from timm_evovit import evolve, evolve_model, informative_tokens
+
+SMALL = dict(num_classes=5, img_size=32, patch_size=8, embed_dim=24, depth=6, num_heads=3)
+MODELS = [
+    ('deit_small_patch16_224', {}),
+    ('deit_tiny_distilled_patch16_224', {}),
+    ('deit3_small_patch16_224', dict(init_values=0.5)),
+    ('vit_base_patch16_224', dict(global_pool='avg', qk_norm=True)),
+    ('vit_base_patch16_224', dict(depth=7, in_chans=1, img_size=(24, 40), dynamic_img_size=True)),
+    ('vit_base_patch16_clip_quickgelu_224', {}),
+    ('vit_small_patch14_reg4_dinov2', dict(init_values=0.5, mlp_ratio=2)),
+    ('vit_base_patch16_224', dict(global_pool='map', scale_attn_norm=True, scale_mlp_norm=True, reg_tokens=2)),
+]
+
+
+def build(name='vit_base_patch16_224', seed=0, **kwargs):
+    """A small dense model with weights large enough that tokens differ in rank."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **{**SMALL, **kwargs}).double().eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if 'pos_embed' in key or 'token' in key or key.endswith('latent'):
+                p.normal_(std=0.5)
+            elif p.ndim > 1:
+                p.normal_(std=(2 if key.endswith('qkv.weight') else 0.5) / math.sqrt(p[0].numel()))
+            elif key.endswith('weight'):
+                p.uniform_(0.5, 1.5)
+            elif 'gamma' not in key:
+                p.normal_(std=0.2)
+    return model
+
+
+def images(model, n=3):
+    size = model.patch_embed.img_size
+    return torch.randn(n, model.in_chans, *size, generator=torch.Generator().manual_seed(1)).double()
+
+
+def written_out(dense, evolved, x):
+    """Tokens (B, N, C) and informative patches of every image, by the dense model's own blocks."""
+    def block(i, y):
+        attn = dense.blocks[i].attn
+        q, k, _ = attn.qkv(dense.blocks[i].norm1(y)).view(len(y), 3, attn.num_heads, -1).unbind(1)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        rows = [torch.softmax(q[0, h] @ k[:, h].T / math.sqrt(attn.head_dim), dim=0) for h in range(attn.num_heads)]
+        return dense.blocks[i](y[None])[0], sum(rows) / len(rows)
+
+    before = []
+    hook = dense.blocks[0].register_forward_pre_hook(lambda module, args: before.append(args[0]))
+    dense(x)
+    hook.remove()
+    return [
+        reference.evolve(
+            block, y, len(dense.blocks), dense.num_prefix_tokens, evolved.stages, evolved.keep_ratio, evolved.tradeoff,
+            evolved.selection == 'layer', evolved.blocks.representative_token)
+        for y in before[0]
+    ]
+
+
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(representative_token=False, keep_ratio=0.3),
+    dict(selection='layer', stages=(1, 3), keep_ratio=(0.7, 0.4), tradeoff=0.25),
+], ids=['default', 'no representative token', 'layer-wise'])
+@pytest.mark.parametrize('name, config', MODELS, ids=[f'{i}-{name}' for i, (name, _) in enumerate(MODELS)])
+@torch.no_grad()
+def test_evolves_the_blocks_it_is_given(name, config, kwargs):
+    dense = build(name, **config)
+    x = images(dense)
+    before = dense(x)
+    evolved = evolve(dense, **kwargs)
+    expected = written_out(dense, evolved, x)
+    found = informative_tokens(evolved, x)
+    assert [t.block for t in found] == list(expected[0].kept) and len(found) >= 2
+    for t in found:
+        assert [m.flatten().nonzero().flatten().tolist() for m in t.mask] == [r.kept[t.block] for r in expected]
+    tokens = dense.norm(torch.stack([r.tokens for r in expected]))
+    torch.testing.assert_close(evolved(x), dense.forward_head(tokens))
+    last, maps = evolved.forward_intermediates(x, indices=[2, 4], output_fmt='NLC', return_prefix_tokens=True)
+    torch.testing.assert_close(last, tokens)
+    for i, (patches, prefix) in zip((2, 4), maps):
+        torch.testing.assert_close(
+            torch.cat([prefix, patches], dim=1), torch.stack([r.after[i] for r in expected]))
+    assert not torch.equal(evolved(x), before) and torch.equal(dense(x), before)
+
+
+@pytest.mark.parametrize('name, config', MODELS, ids=[f'{i}-{name}' for i, (name, _) in enumerate(MODELS)])
+def test_keep_ratio_1_leaves_outputs_and_everything_is_shared(name, config):
+    dense = build(name, **config)
+    x = images(dense)
+    evolved = evolve(dense, keep_ratio=1)
+    with torch.no_grad():
+        torch.testing.assert_close(evolved(x), dense(x))
+        evolved.set_keep_ratio(0.5)
+        assert not torch.allclose(evolved(x), dense(x))
+    assert isinstance(evolved, type(dense)) and evolved.pretrained_cfg == dense.pretrained_cfg
+    assert dict(evolved.named_parameters()).keys() == dict(dense.named_parameters()).keys()
+    assert all(a is b for a, b in zip(evolved.parameters(), dense.parameters()))
+    assert list(evolved.state_dict()) == list(dense.state_dict())
+    parameters = sum(p.numel() for p in dense.parameters())
+    dense.reset_classifier(2)  # of one of them, the other keeps its own
+    assert evolved(x).shape[-1] == 5 and sum(p.numel() for p in evolved.parameters()) == parameters
+
+
+@pytest.mark.parametrize('depth, stages', [(12, (4, 8)), (24, (8, 16)), (6, (2, 4)), (7, (2, 4)), (2, (1,)), (1, ())])
+def test_default_stages_are_a_dense_third_and_two_equal_stages(depth, stages):
+    assert evolve(build(depth=depth)).stages == stages
+
+
+@pytest.mark.parametrize('name', ['vit_base_patch16_224', 'deit_tiny_distilled_patch16_224'])
+def test_feature_maps_either_way(name):
+    dense = build(name)
+    x = images(dense)
+    config = {**SMALL, 'out_indices': (1, 4)}
+    features = timm.create_model(name, features_only=True, **config).double().eval()
+    features.model.load_state_dict(dense.state_dict(), strict=False)
+    evolved = evolve(features)
+    assert evolved.model.stages == evolve(dense).stages == (2, 4) and len(evolved.model.blocks) == 5
+    assert evolved.feature_info.channels() == features.feature_info.channels() == [24, 24]
+    expected = [r.after for r in written_out(dense, evolve(dense), x)]
+    with torch.no_grad():
+        again = FeatureGetterNet(evolve(dense), out_indices=(1, 4))(x)
+        for i, a, b, c in zip((1, 4), evolved(x), again, features(x)):
+            maps = torch.stack([after[i][dense.num_prefix_tokens:].T.unflatten(1, (4, 4)) for after in expected])
+            torch.testing.assert_close(a, maps)
+            torch.testing.assert_close(b, maps)
+            assert (i == 1) == torch.allclose(a, c)  # before any selection the dense maps
+
+
+@pytest.mark.parametrize('name, config', [MODELS[1], MODELS[6]], ids=['distilled', 'registers'])
+def test_script_fx_export_compile_and_copies(name, config, tmp_path):
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+    evolved = evolve(build(name, **config))
+    x = images(evolved)
+    with torch.no_grad():
+        expected = evolved(x)
+        torch.testing.assert_close(torch.jit.script(evolved)(x), expected)
+        node = get_graph_node_names(evolved)[1][-1]
+        torch.testing.assert_close(create_feature_extractor(evolved, [node])(x)[node], expected)
+        batch = torch.export.Dim('batch', min=2, max=64)
+        exported = torch.export.export(evolved, (x[:2],), dynamic_shapes=({0: batch},))
+        torch.testing.assert_close(exported.module()(x), expected)
+        torch.testing.assert_close(torch.compile(evolved, backend='eager', fullgraph=True)(x), expected)
+        torch.save(evolved, tmp_path / 'model.pt')
+        torch.save(evolved.state_dict(), tmp_path / 'weights.pt')
+        assert torch.equal(torch.load(tmp_path / 'model.pt', weights_only=False)(x), expected)
+        assert torch.equal(copy.deepcopy(evolved)(x), expected)
+        fresh = build(name, seed=1, **config)
+        fresh.load_state_dict(torch.load(tmp_path / 'weights.pt'))
+        assert torch.equal(evolve(fresh)(x), expected)
+        assert torch.equal(copy.deepcopy(evolved).bfloat16()(x.bfloat16()).isfinite().all(), torch.tensor(True))
+
+
+@pytest.mark.parametrize('name, config', MODELS[:4], ids=[name for name, _ in MODELS[:4]])
+def test_trains(name, config):
+    evolved = evolve(build(name, **config)).train()
+    x = images(evolved)
+    loss = evolved(x).square().sum()
+    gradients = torch.autograd.grad(loss, list(evolved.parameters()))
+    assert all(g.abs().sum() > 0 for g in gradients)
+    evolved.set_grad_checkpointing()
+    again = torch.autograd.grad(evolved(x).square().sum(), list(evolved.parameters()))
+    for a, b in zip(gradients, again):
+        torch.testing.assert_close(a, b)
+
+
+def test_evolve_model():
+    torch.manual_seed(0)
+    dense = timm.create_model('vit_tiny_patch16_224', **SMALL).eval()
+    torch.manual_seed(0)
+    evolved = evolve_model('vit_tiny_patch16_224', keep_ratio=0.7, stages=(3,), representative_token=False, **SMALL)
+    assert evolved.keep_ratio == (0.7,) and evolved.stages == (3,) and not evolved.blocks.representative_token
+    assert all(torch.equal(a, b) for a, b in zip(evolved.parameters(), dense.parameters()))
+    with pytest.raises(RuntimeError, match='Unknown model'):
+        evolve_model('vit_nothing')
+    assert {'evolve', 'evolve_model'} <= set(timm_evovit.__all__)
+
+
+class OtherAttention(Attention):
+    pass
+
+
+class OtherTransformer(VisionTransformer):
+    pass
+
+
+@pytest.mark.parametrize('model, error, message', [
+    (lambda: timm.create_model('vit_tiny_patch16_224', class_token=False, global_pool='avg', **SMALL),
+     ValueError, 'no class token'),
+    (lambda: timm.create_model('vit_tiny_patch16_224', class_token=False, reg_tokens=2, global_pool='avg', **SMALL),
+     ValueError, 'no class token'),
+    (lambda: timm.create_model('vit_tiny_patch16_224', **SMALL, block_fn=ResPostBlock),
+     TypeError, "blocks.0 must be timm's Block, got ResPostBlock"),
+    (lambda: timm.create_model('vit_tiny_patch16_224', **SMALL, attn_layer=OtherAttention),
+     TypeError, "blocks.0.attn must be timm's Attention, got OtherAttention"),
+    (lambda: OtherTransformer(**SMALL), TypeError, 'got OtherTransformer'),
+    (lambda: timm.create_model('resnet10t'), TypeError, 'got ResNet'),
+    (lambda: timm.create_model('evo_deit_tiny', **SMALL), TypeError, 'EvoVisionTransformer evolves already'),
+    (lambda: evolve(build()), TypeError, 'EvolvedVisionTransformer evolves already'),
+    (lambda: torch.compile(build()), TypeError, 'got OptimizedModule'),
+], ids=lambda v: None if callable(v) else '')
+def test_what_cannot_evolve_is_refused(model, error, message):
+    model = model()
+    with pytest.raises(error, match=message):
+        evolve(model)
+
+
+@pytest.mark.parametrize('kwargs, error, message', [
+    (dict(keep_ratio=0), ValueError, r'keep_ratio must lie in \(0, 1\], got 0'),
+    (dict(keep_ratio=(0.5, 0.5, 0.5)), ValueError, 'keep_ratio must be one number or 2'),
+    (dict(stages=(3, 3)), ValueError, r'ascending order, got \(3, 3\)'),
+    (dict(stages=(6,)), ValueError, r'1 \.\. 5 for a model of 6 blocks'),
+    (dict(tradeoff=2), ValueError, 'tradeoff must lie in'),
+    (dict(selection='none'), ValueError, "got 'none'"),
+])
+def test_bad_arguments_leave_the_model_alone(kwargs, error, message):
+    dense = build()
+    x = images(dense)
+    with torch.no_grad():
+        before = dense(x)
+        with pytest.raises(error, match=message):
+            evolve(dense, **kwargs)
+        assert torch.equal(dense(x), before) and type(dense) is VisionTransformer
