@@ -72,13 +72,16 @@ def grid_sizes(img_size: Tuple[int, int], stride: int, num_stages: int) -> List[
 
 
 def subsample(x: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:
-    """Every second patch of (B, H * W, ...) in both directions."""
-    return x.unflatten(1, grid_size)[:, ::2, ::2].flatten(1, 2)
+    """Every second patch of (B, H * W, C) in both directions."""
+    B, _, C = x.shape
+    H, W = grid_size
+    return x.reshape(B, H, W, C)[:, ::2, ::2].flatten(1, 2)
 
 
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(B, N, heads * d) to (B, heads, N, d), copied once here and not for each product that follows."""
-    return x.unflatten(2, (num_heads, -1)).transpose(1, 2).contiguous()
+    B, N, C = x.shape
+    return x.reshape(B, N, num_heads, C // num_heads).transpose(1, 2).contiguous()
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -193,11 +196,12 @@ class EvoLevitAttentionDownsample(nn.Module):
         if not self.live:
             return x, None
 
-        row = subsample(evolution.class_attention(q, k, self.scale)[:, 1:], self.grid_size)
+        row = evolution.class_attention(q, k, self.scale)[:, 1:]
         if attention is None:
-            return x, row
+            return x, subsample(row.unsqueeze(2), self.grid_size).squeeze(2)
         total = attention.sum(dim=1, keepdim=True)
-        attention = evolution.mix(subsample(attention, self.grid_size), row, self.tradeoff, tradeoff)
+        attention = evolution.mix(attention, row, self.tradeoff, tradeoff)
+        attention = subsample(attention.unsqueeze(2), self.grid_size).squeeze(2)
         return x, attention * (total / attention.sum(dim=1, keepdim=True))
 
 
@@ -651,7 +655,9 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
                     tradeoff = tradeoff[stage.num_attentions:]
                 selections.append(selected)
                 if i in indices:
-                    intermediates.append(x[:, 1:].transpose(1, 2).unflatten(2, stage.grid_size).contiguous())
+                    H, W = stage.grid_size
+                    intermediates.append(
+                        x[:, 1:].reshape(x.shape[0], H, W, x.shape[2]).permute(0, 3, 1, 2).contiguous())
         return x, intermediates, selections
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
