@@ -1,13 +1,19 @@
 #!/usr/bin/env python3
-"""Speed of timm models side by side: images per second, peak memory and multiply-adds against a baseline.
+"""Speed of models side by side: images per second, peak memory and multiply-adds against a baseline.
 
-    python examples/benchmark.py deit_small_patch16_224 evo_deit_small_patch16_224
-    python examples/benchmark.py deit_small_patch16_224 evo_deit_small_patch16_224 --train --json figures.json
+    python examples/benchmark.py evo_deit_small_patch16_224 --against deit_small_patch16_224
+    python examples/benchmark.py evo_deit_small_patch16_224 --against deit_small_patch16_224 --train --json figures.json
+    python examples/benchmark.py evo_deit_small_patch16_224 --against deit_small_patch16_224 \\
+        tome:deit_small_patch16_224:13 others.py:create_model --plot accuracy_speed.png
 
-The first model is the baseline. Every round times each model once, in turn, so that a machine whose speed drifts slows
-all of them alike; the speed-up is the median over the rounds of the ratio within a round.
+A model is a name that timm knows; `tome:NAME:R`, a Vision Transformer of timm that merges R tokens in every block, if
+the package tome is installed; or `FILE.py:FUNCTION`, whatever model the function returns when it is called without
+arguments. The first one of --against is the baseline, or the first of all without it. Every round times each model once,
+in turn, so that a machine whose speed drifts slows all of them alike; the speed-up is the median over the rounds of the
+ratio within a round.
 """
 import argparse
+import importlib.util
 import json
 import platform
 import resource
@@ -16,18 +22,33 @@ import time
 from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
+import matplotlib
 import timm
 import torch
+from matplotlib import pyplot as plt
 from timm.utils import ParseKwargs, reparameterize_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+from timm_evovit.hub import PUBLISHED
+
+matplotlib.use('Agg')
+TOP1 = {  # ImageNet-1k, as the papers of Evo-ViT, DeiT and LeViT have it; LeViT's are of 1000 epochs, Evo-LeViT's of 300
+    **{name: top1 for name, (top1, _) in PUBLISHED.items()},
+    'deit_tiny_patch16_224': 72.2, 'deit_small_patch16_224': 79.8, 'deit_base_patch16_224': 81.8,
+    'deit_base_patch16_384': 83.1,
+    'levit_128s': 76.6, 'levit_128': 78.6, 'levit_192': 80.0, 'levit_256': 81.6, 'levit_384': 82.6,
+}
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('models', nargs='+', help='timm models, the baseline first')
+    parser.add_argument('models', nargs='+', metavar='MODEL', help='models to time, see above')
+    parser.add_argument(
+        '--against', nargs='+', default=[], metavar='MODEL', help='models to compare with, the baseline first')
     parser.add_argument('--train', action='store_true', help='time training steps (AdamW) instead of inference')
     parser.add_argument('-b', '--batch-size', type=int, default=32)
     parser.add_argument('--img-size', type=int, help="input size, each model's own by default")
@@ -36,42 +57,64 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'),
                         help='of weights and input in inference, of autocast in training')
     parser.add_argument('--reparam', action='store_true', help='fold batch norms into linear layers (inference)')
-    parser.add_argument('--compile', action='store_true', help='torch.compile every model')
+    parser.add_argument('--compile', nargs='?', const='default', metavar='MODE', help='torch.compile every model')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--warmup', type=int, default=2, help='rounds that are not counted')
     parser.add_argument('--seconds', type=float, default=1., help='at least so long is a model timed in a round')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='arguments of all models')
     parser.add_argument('--json', type=Path, help='write all figures to this file')
+    parser.add_argument('--plot', type=Path, metavar='PNG', help='draw top-1 from the papers against measured speed')
     args = parser.parse_args(argv)
-    unknown = [name for name in args.models if not timm.is_model(name)]
-    if unknown:
-        parser.error(f"unknown to timm: {', '.join(unknown)}")
+    args.models = list(dict.fromkeys(args.against + args.models))
+    for spec in args.models:
+        kind, name, rest = split(spec)
+        if kind == 'file' and not Path(name).is_file():
+            parser.error(f'{spec}: there is no file {name}')
+        if kind != 'file' and not timm.is_model(name):
+            parser.error(f'{spec}: unknown to timm, and neither tome:NAME:R nor FILE.py:FUNCTION')
+        if kind == 'tome' and not rest.isdecimal():
+            parser.error(f'{spec}: R must be the number of tokens to merge in every block, got {rest!r}')
+        if kind == 'tome' and importlib.util.find_spec('tome') is None:
+            parser.error(f'{spec}: the package tome is not installed')
     if args.reparam and args.train:
         parser.error('--reparam is for inference')
     return args
 
 
-def create(name: str, args: argparse.Namespace, **kwargs: Any) -> torch.nn.Module:
-    if args.img_size:
-        kwargs['img_size'] = args.img_size
-    return timm.create_model(name, num_classes=args.num_classes, **args.model_kwargs, **kwargs)
+def split(spec: str) -> Tuple[str, str, str]:
+    """Kind of a model ('timm', 'tome' or 'file'), name or file, and what is said beyond that."""
+    kind, _, rest = spec.partition(':')
+    if kind == 'tome':
+        return (kind, *rest.partition(':')[::2])
+    if kind.endswith('.py'):
+        return 'file', kind, rest
+    return 'timm', spec, ''
+
+
+def create(spec: str, args: argparse.Namespace) -> torch.nn.Module:
+    kind, name, rest = split(spec)
+    if kind == 'file':
+        module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(name).stem, name))
+        found.loader.exec_module(module)
+        return getattr(module, rest)()
+    kwargs = {'img_size': args.img_size} if args.img_size else {}
+    model = timm.create_model(name, num_classes=args.num_classes, **args.model_kwargs, **kwargs)
+    if kind == 'tome':
+        import tome
+        tome.patch.timm(model)
+        model.r = int(rest)
+    return model
 
 
 def input_size(model: torch.nn.Module, args: argparse.Namespace) -> List[int]:
-    chans, height, width = model.pretrained_cfg['input_size']
+    chans, height, width = getattr(model, 'pretrained_cfg', {}).get('input_size', (3, 224, 224))
     return [chans, args.img_size or height, args.img_size or width]
 
 
-def parameters(name: str, args: argparse.Namespace) -> int:
-    """Number of parameters, batch norms not folded."""
-    return sum(p.numel() for p in create(name, args, device='meta').parameters())
-
-
-def multiply_adds(name: str, args: argparse.Namespace) -> float:
-    """Multiply-adds of one image in inference; counted on the meta device, where attention is plain matrix products."""
-    model = create(name, args, device='meta').eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *input_size(model, args), device='meta'))
+def multiply_adds(model: torch.nn.Module, args: argparse.Namespace) -> float:
+    """Multiply-adds of one image in inference, attention counted as the matrix products that it is."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model.eval()(torch.zeros(1, *input_size(model, args)))
     return counter.get_total_flops() / 2
 
 
@@ -89,7 +132,7 @@ class Runner:
         if not args.train:
             model, x = model.to(dtype), x.to(dtype)
         self.cuda = device.type == 'cuda'
-        self.forward: Callable = torch.compile(model) if args.compile else model
+        self.forward: Callable = torch.compile(model, mode=args.compile) if args.compile else model
         self.x = x
         self.train = args.train
         if args.train:
@@ -158,13 +201,14 @@ def machine(args: argparse.Namespace) -> str:
 
 
 def measure(args: argparse.Namespace) -> Dict[str, Any]:
-    names = list(dict.fromkeys(args.models))
+    names = args.models
     with tqdm(total=len(names) * (2 + args.warmup + args.rounds), unit='step', disable=None) as progress:
         results = {}
         for name in names:
             progress.set_description(f'{name}: operations, memory')
+            model = create(name, args)
             results[name] = {
-                'params': parameters(name, args), 'gmacs': multiply_adds(name, args) / 1e9,
+                'params': sum(p.numel() for p in model.parameters()), 'gmacs': multiply_adds(model, args) / 1e9,
                 'peak_memory': peak_memory_alone(name, args), 'seconds': [],
             }
             progress.update()
@@ -191,7 +235,8 @@ def measure(args: argparse.Namespace) -> Dict[str, Any]:
     settings = {k: v if isinstance(v, (int, float, str, dict, type(None))) else str(v) for k, v in vars(args).items()}
     return {
         'machine': machine(args), 'torch': torch.__version__, 'timm': timm.__version__,
-        'settings': {k: v for k, v in settings.items() if k not in ('models', 'json')}, 'models': results,
+        'settings': {k: v for k, v in settings.items() if k not in ('models', 'against', 'json', 'plot')},
+        'models': results,
     }
 
 
@@ -213,10 +258,30 @@ def table(report: Dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def plot(report: Dict[str, Any], path: Path) -> None:
+    """Draw top-1 as the papers have it against the speed measured; models without one are named and left out."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout='constrained')
+    for name, r in report['models'].items():
+        top1 = TOP1.get(name, TOP1.get(f'{name}_patch16_224'))
+        if top1 is None:
+            print(f'{name}: no top-1 is published under this name, it is not in the plot')
+            continue
+        axis.plot(r['images_per_second'], top1, 'o' if name.startswith('evo_') else 's')
+        axis.annotate(name, (r['images_per_second'], top1), xytext=(6, 4), textcoords='offset points', fontsize=8)
+    axis.margins(x=0.25, y=0.15)
+    axis.set(xlabel=f"images per second, measured ({report['machine']})", ylabel='ImageNet-1k top-1 in the papers (%)')
+    axis.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     report = measure(args)
     print(table(report))
+    if args.plot:
+        plot(report, args.plot)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2))
