@@ -4,8 +4,8 @@
     python examples/quickstart.py
 
 The digits are scikit-learn's, written out as an image folder; loaders, transforms, optimizer, schedule, loss and task
-are timm's. Both models start from the same seed and take turns, epoch by epoch. Writes to --output: the image folder,
-the checkpoints, `result.json` and `informative_tokens.png`.
+are timm's. Both models start from the same seed and take turns on the same batches. Writes to --output: the image
+folder, the checkpoints, `result.json` and `informative_tokens.png`.
 """
 import argparse
 import json
@@ -35,7 +35,7 @@ from timm_evovit import AssistedLoss, informative_tokens
 MODELS = {  # evolving model, its dense twin, what makes either small enough for digits and two CPU cores, epochs
     'evo_deit': ('evo_deit_tiny_patch16_224', 'deit_tiny_patch16_224', dict(
         num_classes=10, img_size=24, patch_size=4, embed_dim=64, depth=6, num_heads=4, mlp_ratio=2, global_pool='avg',
-        weight_init='jax'), 24),
+        weight_init='jax'), 36),
     'evo_levit': ('evo_levit_128s', 'levit_128s', dict(
         num_classes=10, img_size=96, embed_dim=(48, 64, 96), key_dim=8, num_heads=(3, 4, 6), depth=(4, 2, 2)), 12),
 }
@@ -47,7 +47,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--model', default='evo_deit', choices=sorted(MODELS))
     parser.add_argument('--epochs', type=int, help=', '.join(f'{m[3]} for {name}' for name, m in MODELS.items()))
     parser.add_argument('--batch-size', type=int, default=32)
-    parser.add_argument('--lr', type=float, default=1e-3)
+    parser.add_argument('--lr', type=float, default=2e-3)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, default=Path('output/quickstart'))
@@ -75,7 +75,7 @@ def create_loaders(root: Path, img_size: int, batch_size: int) -> Tuple[Any, Any
         input_size=(3, img_size, img_size), batch_size=batch_size, use_prefetcher=False, num_workers=0,
         persistent_workers=False, mean=MEAN, std=STD, interpolation='bicubic', crop_pct=1.0)
     train = create_loader(
-        create_dataset('', root=root, split='train'), is_training=True, scale=(0.7, 1.0), hflip=0., color_jitter=None,
+        create_dataset('', root=root, split='train'), is_training=True, scale=(0.85, 1.0), hflip=0., color_jitter=None,
         **data)
     return train, create_loader(create_dataset('', root=root, split='validation'), **data)
 
@@ -108,19 +108,15 @@ class Run:
         self.train_seconds = 0.
         self.inference_seconds: List[float] = []
 
-    def train_epoch(self, loader: Any, progress: tqdm) -> float:
-        self.task.train()
-        for images, target in loader:
-            images, target = images.to(self.device), target.to(self.device)
-            start = now(self.device)
-            loss = self.task(images, target)['loss']
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            self.train_seconds += now(self.device) - start  # without loading, which costs all models the same
-            self.updates += 1
-            self.scheduler.step_update(self.updates)
-            progress.update()
+    def train_step(self, images: torch.Tensor, target: torch.Tensor) -> float:
+        start = now(self.device)
+        loss = self.task(images, target)['loss']
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.train_seconds += now(self.device) - start
+        self.updates += 1
+        self.scheduler.step_update(self.updates)
         return loss.item()
 
     @torch.inference_mode()
@@ -138,12 +134,17 @@ class Run:
 
 
 def train_in_turns(runs: List[Run], loader: Any, epochs: int, description: str = '') -> None:
-    """Train all models, epoch by epoch in turns."""
-    with tqdm(total=len(runs) * epochs * len(loader), unit='step', disable=None) as progress:
+    """Train all models on the same batches, in turns."""
+    with tqdm(total=epochs * len(loader), unit='step', disable=None) as progress:
         for epoch in range(epochs):
             for run in runs:
-                loss = run.train_epoch(loader, progress)
-                progress.set_description(f'{description}{run.name} epoch {epoch + 1}/{epochs} loss {loss:.3f}')
+                run.task.train()
+            for i, (images, target) in enumerate(loader):
+                images, target = images.to(runs[0].device), target.to(runs[0].device)
+                for run in runs if i % 2 else reversed(runs):
+                    loss = run.train_step(images, target)
+                progress.update()
+            progress.set_description(f'{description}epoch {epoch + 1}/{epochs} loss {loss:.3f}')
 
 
 def time_in_turns(runs: List[Run], images: torch.Tensor, rounds: int = 8) -> None:
@@ -205,7 +206,10 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     time_in_turns(runs, images[:256].to(args.device))
 
     dense, evo = runs
-    result = {'epochs': args.epochs, 'seed': args.seed, 'validation_images': len(validation.dataset), 'models': {}}
+    result = {
+        'epochs': args.epochs, 'seed': args.seed, 'validation_images': len(validation.dataset),
+        'model_args': model_args, 'models': {},
+    }
     for run in runs:
         result['models'][run.name] = {
             'top1': run.top1(validation),

@@ -213,6 +213,45 @@ def test_quickstart(tmp_path):
     picture = Image.open(tmp_path / 'out' / 'informative_tokens.png').convert('RGB')
     assert picture.width > 600 and len(picture.getcolors(1 << 24)) > 100
 
+    log = run(
+        EXAMPLES / 'export_onnx.py', '--quickstart', tmp_path / 'out', '--rounds', 1, '--output', tmp_path / 'onnx',
+        cwd=tmp_path)
+    exported = json.loads((tmp_path / 'onnx' / 'result.json').read_text())
+    assert list(exported['checks']) == list(result['models']) and log.count('the same tokens in 6 selections') == 1
+    assert all(c['error'] < 1e-4 and c['differing'] == 0 for c in exported['checks'].values())
+    top1 = {(r['runtime'], r['model']): r['top1'] for r in exported['runs']}
+    for name, r in result['models'].items():
+        assert top1['PyTorch', name] == pytest.approx(r['top1']) == pytest.approx(top1['ONNX Runtime', name])
+        assert 0 <= top1['ONNX Runtime, int8', name] <= 100
+
+
+def test_keep_ratio(tmp_path):
+    """One epoch of it."""
+    pytest.importorskip('sklearn', reason="the examples need pip install -e '.[examples]'")
+    from PIL import Image
+    log = run(
+        EXAMPLES / 'keep_ratio.py', '--epochs', 1, '--batch-size', 128, '--rounds', 1, '--output', tmp_path, cwd=tmp_path)
+    curves = json.loads((tmp_path / 'result.json').read_text())['curves']
+    assert len(curves) == 2 and all(label in log for label in curves)
+    first, second = curves.values()
+    assert first[0]['keep_ratio'] == 1 and first[0]['top1'] == second[0]['top1']
+    assert len({p['top1'] for p in first}) > 1 and all(p['speed_up'] > 0 for p in first + second)
+    assert Image.open(tmp_path / 'keep_ratio.png').width > 600
+
+
+@needs_timm_repo
+@pytest.mark.parametrize('name', ['evo_deit_tiny', 'evo_levit_128s'])
+def test_onnx_export(name, tmp_path):
+    """timm's script has no --model-kwargs, so the models have their own size; it compares the file with PyTorch."""
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
+    for extra in ((), ('--reparam',)):
+        run(
+            Path(os.environ['TIMM_REPO']) / 'onnx_export.py', tmp_path / 'model.onnx', '--model', name, '--checkpoint',
+            tmp_path / 'model.pth', '--num-classes', 1000, '--check-forward', '-b', 2, *extra, cwd=tmp_path)
+        (tmp_path / 'model.onnx').unlink()
+
 
 def test_reproduce(tmp_path):
     """One epoch of one seed."""
@@ -231,12 +270,22 @@ def test_reproduce(tmp_path):
 
 
 def test_benchmark(tmp_path):
-    path = tmp_path / 'figures.json'
+    from PIL import Image
+    path, other = tmp_path / 'figures.json', tmp_path / 'others.py'
+    other.write_text(
+        'import timm_evovit\n\n'
+        'def create():\n'
+        "    return timm_evovit.evolve_model('deit_tiny_patch16_224', img_size=64)\n")
     log = run(
-        EXAMPLES / 'benchmark.py', 'deit_tiny_patch16_224', 'evo_deit_tiny', '-b', 1, '--img-size', 64, '--rounds', 3,
-        '--warmup', 0, '--seconds', 0, '--json', path, cwd=tmp_path)
+        EXAMPLES / 'benchmark.py', 'evo_deit_tiny', '--against', 'deit_tiny_patch16_224', f'{other}:create', '-b', 1,
+        '--img-size', 64, '--rounds', 3, '--warmup', 0, '--seconds', 0, '--json', path, '--plot', tmp_path / 'plot.png',
+        cwd=tmp_path)
     report = json.loads(path.read_text())
-    dense, evo = report['models'].values()
+    assert list(report['models']) == ['deit_tiny_patch16_224', f'{other}:create', 'evo_deit_tiny']
+    dense, evolved, evo = report['models'].values()
+    assert evolved['params'] == dense['params'] and evolved['gmacs'] < 0.8 * dense['gmacs']
+    assert f'{other}:create: no top-1 is published' in log and log.count('no top-1') == 1
+    assert Image.open(tmp_path / 'plot.png').width > 600
     assert dense['speed_up'] == 1 and len(evo['seconds']) == 3 and 'evo_deit_tiny' in log
     assert evo['params'] == 5_910_800 - (196 - 16) * 192  # a shorter position embedding
     assert 1.3 < evo['gmacs_ratio'] < 1.6
@@ -246,19 +295,37 @@ def test_benchmark(tmp_path):
 def test_benchmark_folds_and_trains(tmp_path, extra):
     path = tmp_path / 'figures.json'
     run(
-        EXAMPLES / 'benchmark.py', 'levit_128s', 'evo_levit_128s', '-b', 2, '--img-size', 96, '--rounds', 2, '--warmup', 0,
-        '--seconds', 0, '--json', path, extra, cwd=tmp_path)
+        EXAMPLES / 'benchmark.py', 'evo_levit_128s', '--against', 'levit_128s', '-b', 2, '--img-size', 96, '--rounds', 2,
+        '--warmup', 0, '--seconds', 0, '--json', path, extra, cwd=tmp_path)
     report = json.loads(path.read_text())
     assert report['settings']['reparam'] == (extra == '--reparam') and report['settings']['train'] == (extra == '--train')
     assert [len(r['seconds']) for r in report['models'].values()] == [2, 2]
 
 
-def test_benchmark_counts_the_papers_multiply_adds():
-    """method: DeiT-S 4.599 G, Evo-DeiT-S 3.034 G."""
+@pytest.fixture
+def benchmark():
     sys.path.insert(0, str(EXAMPLES))
     try:
         import benchmark
     finally:
         sys.path.remove(str(EXAMPLES))
-    args = benchmark.parse_args(['deit_small_patch16_224', 'evo_deit_small'])
-    assert [round(benchmark.multiply_adds(name, args) / 1e9, 3) for name in args.models] == [4.599, 3.034]
+    return benchmark
+
+
+def test_benchmark_counts_the_papers_multiply_adds(benchmark):
+    """method: DeiT-S 4.599 G, Evo-DeiT-S 3.034 G."""
+    args = benchmark.parse_args(['evo_deit_small', '--against', 'deit_small_patch16_224'])
+    counted = [benchmark.multiply_adds(benchmark.create(name, args), args) for name in args.models]
+    assert [round(c / 1e9, 3) for c in counted] == [4.599, 3.034]
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['evo_deit_nothing'], 'evo_deit_nothing: unknown to timm'),
+    (['evo_deit_tiny', '--against', 'nowhere.py:create'], 'there is no file nowhere.py'),
+    (['tome:deit_tiny_patch16_224:many'], "number of tokens to merge in every block, got 'many'"),
+    (['evo_levit_128s', '--reparam', '--train'], '--reparam is for inference'),
+])
+def test_benchmark_names_what_it_does_not_know(benchmark, capsys, argv, message):
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(argv)
+    assert message in capsys.readouterr().err
