@@ -158,7 +158,6 @@ class EvoVisionTransformer(HubModel, Evolving, training.LayerToStage, VisionTran
         return training.alternate_heads(logits, logits_cls)
 
 
-
 def _create_evo_deit(
         variant: str,
         pretrained: bool = False,
