@@ -167,20 +167,23 @@ class Runner:
         return time.perf_counter()
 
 
+def resident_memory(peak: bool) -> int:
+    """Bytes of this process in memory, now or at most so far."""
+    status = Path('/proc/self/status')
+    if status.exists():  # Linux counts what the parent process had into ru_maxrss
+        lines = dict(line.split(':', 1) for line in status.read_text().splitlines())
+        return int(lines['VmHWM' if peak else 'VmRSS'].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == 'Darwin' else 1024)
+
+
 def peak_memory(name: str, args: argparse.Namespace) -> int:
     """Bytes that building a model and running two steps adds to what the process has before."""
-    if args.device.startswith('cuda'):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cuda = args.device.startswith('cuda')
+    before = torch.cuda.memory_allocated() if cuda else resident_memory(peak=False)
     runner = Runner(name, args)
     runner.step()
     runner.step()
-    if args.device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated() - before
-    unit = 1 if platform.system() == 'Darwin' else 1024
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    return (torch.cuda.max_memory_allocated() if cuda else resident_memory(peak=True)) - before
 
 
 def peak_memory_alone(name: str, args: argparse.Namespace) -> int:
