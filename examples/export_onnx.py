@@ -43,6 +43,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='arguments of the models')
     parser.add_argument('-b', '--batch-size', type=int, default=32, help='for the timing')
     parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--seconds', type=float, default=0.5, help='at least so long is a model timed in a round')
     parser.add_argument('--output', type=Path, default=Path('output/export_onnx'))
     args = parser.parse_args(argv)
     if (args.model is None) == (args.quickstart is None):
@@ -56,11 +57,9 @@ def load(args: argparse.Namespace) -> Tuple[Dict[str, torch.nn.Module], Any]:
     """Models by name, the dense one first, batch norms folded; and validation images, if there are any."""
     models, validation = {}, None
     if args.quickstart:
-        trained = json.loads((args.quickstart / 'result.json').read_text())
-        for name in trained['models']:
-            models[name] = timm.create_model(
-                name, checkpoint_path=args.quickstart / f'{name}.pth', **trained['model_args'])
-        _, validation = create_loaders(args.quickstart / 'digits', trained['model_args']['img_size'], args.batch_size)
+        for name in json.loads((args.quickstart / 'result.json').read_text())['models']:
+            models[name] = timm.create_model(f'local-dir:{args.quickstart / name}', pretrained=True)
+        _, validation = create_loaders(args.quickstart / 'digits', image_size(models[name])[-1], args.batch_size)
     else:
         if args.against:
             models[args.against] = timm.create_model(args.against, args.pretrained, **args.model_kwargs)
@@ -89,7 +88,10 @@ def quantize(path: Path, small: Path) -> None:
 
 def session(file: Any) -> Callable[[torch.Tensor], List[np.ndarray]]:
     """What ONNX Runtime answers to images (B, C, H, W), on the CPU."""
-    runtime = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    options = onnxruntime.SessionOptions()
+    # idle threads that spin would slow down whatever runs next, here the model that is timed next
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    runtime = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
     return lambda images: runtime.run(None, {'images': images.numpy()})
 
 
@@ -135,6 +137,15 @@ def check(model: torch.nn.Module, size: Tuple[int, ...], path: Path) -> Check:
     return Check(error, selections, differing)
 
 
+def seconds_per_call(run: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, seconds: float) -> float:
+    """Mean over as many calls as fill `seconds`."""
+    calls, start = 0, now('cpu')
+    while not calls or now('cpu') - start < seconds:
+        run(images)
+        calls += 1
+    return (now('cpu') - start) / calls
+
+
 def top1(run: Callable[[torch.Tensor], torch.Tensor], validation: Any) -> float:
     logits, targets = zip(*((run(images), target) for images, target in validation))
     return accuracy(torch.cat(logits), torch.cat(targets))[0].item()
@@ -168,10 +179,9 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     with torch.inference_mode():
         for i in tqdm(range(args.rounds + 1), unit='round', disable=None):
             for key in list(runs) if i % 2 else reversed(list(runs)):
-                start = now('cpu')
-                runs[key](images)
+                elapsed = seconds_per_call(runs[key], images, args.seconds)
                 if i:
-                    seconds[key].append(now('cpu') - start)
+                    seconds[key].append(elapsed)
         for (kind, name), times in seconds.items():
             result['runs'].append({
                 'runtime': kind, 'model': name, 'images_per_second': args.batch_size / statistics.median(times),

@@ -5,7 +5,8 @@
 
 The digits are scikit-learn's, written out as an image folder; loaders, transforms, optimizer, schedule, loss and task
 are timm's. Both models start from the same seed and take turns on the same batches. Writes to --output: the image
-folder, the checkpoints, `result.json` and `informative_tokens.png`.
+folder, a folder for each model, which `timm.create_model('local-dir:FOLDER', pretrained=True)` loads, `result.json` and
+`informative_tokens.png`.
 """
 import argparse
 import json
@@ -28,16 +29,17 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import accuracy
+from torchvision.transforms import InterpolationMode, RandomRotation
 from tqdm import tqdm
 
 from timm_evovit import AssistedLoss, informative_tokens
 
 MODELS = {  # evolving model, its dense twin, what makes either small enough for digits and two CPU cores, epochs
     'evo_deit': ('evo_deit_tiny_patch16_224', 'deit_tiny_patch16_224', dict(
-        num_classes=10, img_size=24, patch_size=4, embed_dim=64, depth=6, num_heads=4, mlp_ratio=2, global_pool='avg',
-        weight_init='jax'), 36),
+        num_classes=10, img_size=32, patch_size=4, embed_dim=64, depth=6, num_heads=4, mlp_ratio=2, global_pool='avg',
+        weight_init='jax'), 30),
     'evo_levit': ('evo_levit_128s', 'levit_128s', dict(
-        num_classes=10, img_size=96, embed_dim=(48, 64, 96), key_dim=8, num_heads=(3, 4, 6), depth=(4, 2, 2)), 12),
+        num_classes=10, img_size=160, embed_dim=(48, 64, 96), key_dim=8, num_heads=(3, 4, 6), depth=(4, 2, 2)), 15),
 }
 MEAN = STD = (0.5,) * 3
 
@@ -46,8 +48,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='evo_deit', choices=sorted(MODELS))
     parser.add_argument('--epochs', type=int, help=', '.join(f'{m[3]} for {name}' for name, m in MODELS.items()))
-    parser.add_argument('--batch-size', type=int, default=32)
-    parser.add_argument('--lr', type=float, default=2e-3)
+    parser.add_argument('--batch-size', type=int, default=64)
+    parser.add_argument('--lr', type=float, default=3e-3)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, default=Path('output/quickstart'))
@@ -77,6 +79,7 @@ def create_loaders(root: Path, img_size: int, batch_size: int) -> Tuple[Any, Any
     train = create_loader(
         create_dataset('', root=root, split='train'), is_training=True, scale=(0.85, 1.0), hflip=0., color_jitter=None,
         **data)
+    train.dataset.transform.transforms.insert(0, RandomRotation(10, InterpolationMode.BILINEAR))
     return train, create_loader(create_dataset('', root=root, split='validation'), **data)
 
 
@@ -93,7 +96,8 @@ class Run:
     def __init__(self, name: str, model_args: Dict[str, Any], updates_per_epoch: int, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.name = name
-        self.model = timm.create_model(name, **model_args).to(args.device)
+        self.model = timm.create_model(
+            name, pretrained_cfg_overlay=dict(mean=MEAN, std=STD, crop_pct=1.0), **model_args).to(args.device)
         criterion: torch.nn.Module = LabelSmoothingCrossEntropy(0.1)
         if hasattr(self.model, 'set_assisted_training'):  # the paper's loss: one for the patches, one for the class token
             self.model.set_assisted_training()
@@ -207,8 +211,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
 
     dense, evo = runs
     result = {
-        'epochs': args.epochs, 'seed': args.seed, 'validation_images': len(validation.dataset),
-        'model_args': model_args, 'models': {},
+        'epochs': args.epochs, 'seed': args.seed, 'validation_images': len(validation.dataset), 'models': {},
     }
     for run in runs:
         result['models'][run.name] = {
@@ -216,7 +219,7 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
             'images_per_second': min(len(images), 256) / statistics.median(run.inference_seconds),
             'train_seconds': run.train_seconds,
         }
-        torch.save({'state_dict': run.model.state_dict()}, args.output / f'{run.name}.pth')
+        timm.models.save_for_hf(run.model, args.output / run.name, model_args=model_args, safe_serialization=True)
     result['speed_up'] = speed_up(dense.inference_seconds, evo.inference_seconds)
     result['training_speed_up'] = dense.train_seconds / evo.train_seconds
     picture = args.output / 'informative_tokens.png'

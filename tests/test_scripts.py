@@ -209,13 +209,14 @@ def test_quickstart(tmp_path):
     for name, r in result['models'].items():
         assert f"{r['top1']:.2f}" in log and name in log
         assert 0 <= r['top1'] <= 100 and r['images_per_second'] > 0
-        assert (tmp_path / 'out' / f'{name}.pth').exists()
+        model = timm.create_model(f'local-dir:{tmp_path / "out" / name}', pretrained=True)
+        assert model.num_classes == 10 and tuple(model.pretrained_cfg['mean']) == (0.5, 0.5, 0.5)
     picture = Image.open(tmp_path / 'out' / 'informative_tokens.png').convert('RGB')
     assert picture.width > 600 and len(picture.getcolors(1 << 24)) > 100
 
     log = run(
-        EXAMPLES / 'export_onnx.py', '--quickstart', tmp_path / 'out', '--rounds', 1, '--output', tmp_path / 'onnx',
-        cwd=tmp_path)
+        EXAMPLES / 'export_onnx.py', '--quickstart', tmp_path / 'out', '--rounds', 1, '--seconds', 0, '--output',
+        tmp_path / 'onnx', cwd=tmp_path)
     exported = json.loads((tmp_path / 'onnx' / 'result.json').read_text())
     assert list(exported['checks']) == list(result['models']) and log.count('the same tokens in 6 selections') == 1
     assert all(c['error'] < 1e-4 and c['differing'] == 0 for c in exported['checks'].values())
@@ -289,6 +290,7 @@ def test_benchmark(tmp_path):
     assert dense['speed_up'] == 1 and len(evo['seconds']) == 3 and 'evo_deit_tiny' in log
     assert evo['params'] == 5_910_800 - (196 - 16) * 192  # a shorter position embedding
     assert 1.3 < evo['gmacs_ratio'] < 1.6
+    assert all(r['peak_memory'] > 3 * r['params'] for r in report['models'].values())  # weights alone are 4 bytes each
 
 
 @pytest.mark.parametrize('extra', ['--reparam', '--train'])
