@@ -139,7 +139,7 @@ def draw(
     panels = [('picture', pixels)]
     for t in tokens:
         mask = _upsample(t.mask, size)
-        panels.append((f'informative from block {t.block}', pixels * mask + (0.15 * pixels + 0.85) * (1 - mask)))
+        panels.append((f'informative from block {t.block}', pixels * mask + (0.2 * pixels + 0.5) * (1 - mask)))
         if attention:
             low, high = t.attention.aminmax()
             heat = _upsample((t.attention - low) / (high - low).clamp_min(1e-12), size)
