@@ -240,6 +240,19 @@ def test_keep_ratio(tmp_path):
     assert Image.open(tmp_path / 'keep_ratio.png').width > 600
 
 
+def test_dense_features(tmp_path):
+    """Two steps of it."""
+    pytest.importorskip('skimage', reason="the examples need pip install -e '.[examples]'")
+    from PIL import Image
+    log = run(EXAMPLES / 'dense_features.py', '--steps', 2, '--batch-size', 2, '--output', tmp_path, cwd=tmp_path)
+    models = json.loads((tmp_path / 'result.json').read_text())['models']
+    assert list(models) == ['deit', 'evo_deit'] and all(name in log for name in models)
+    for r in models.values():
+        assert r['mean_iou'] == pytest.approx(sum(r['iou'].values()) / 3) and 0 < r['iou']['background'] <= 100
+    assert models['deit']['training_speed_up'] == 1 and models['evo_deit']['inference_speed_up'] > 0
+    assert Image.open(tmp_path / 'segmentation.png').width > 600
+
+
 @needs_timm_repo
 @pytest.mark.parametrize('name', ['evo_deit_tiny', 'evo_levit_128s'])
 def test_onnx_export(name, tmp_path):
