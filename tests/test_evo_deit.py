@@ -313,18 +313,20 @@ def test_gradients_of_training_match_finite_differences(representative_token):
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(representative_token=True, selection='layer')])
-def test_grad_checkpointing_changes_nothing(kwargs):
+def test_grad_checkpointing_changes_nothing(monkeypatch, kwargs):
     gradients = []
-    for enable in (False, True):
+    for enable, reentrant in ((False, False), (True, False), (True, True)):
         model = build(**kwargs).train()
         model.set_grad_checkpointing(enable)
+        monkeypatch.setattr('timm.layers.config._USE_REENTRANT_CKPT', reentrant)
         model(images()).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-        if enable:
+        if enable and not reentrant:
             checkpointed = model.forward_intermediates(images())[1]
             model.set_grad_checkpointing(False)
             torch.testing.assert_close(checkpointed, model.forward_intermediates(images())[1])
-    torch.testing.assert_close(*gradients)
+    for checkpointed in gradients[1:]:
+        torch.testing.assert_close(checkpointed, gradients[0])
 
 
 def test_assisted_head_follows_the_readout():
@@ -367,6 +369,10 @@ def test_features_are_complete_grids_at_every_block(kwargs):
         assert list(dictionary) == ['image_intermediates']
         full = model.forward_intermediates(x, [5], return_prefix_tokens=True, output_dict=True)
         assert full['image_intermediates_prefix'][0].shape == (2, model.num_prefix_tokens, 24)
+        assert torch.equal(model.get_intermediate_layers(x, [5], reshape=True)[0], maps[5])
+    for mask in (dict(attn_mask=torch.ones(16, 16)), dict(is_causal=True)):
+        with pytest.raises(ValueError, match='a mask cannot follow the selected tokens'):
+            model.forward_intermediates(x, **mask)
 
 
 @pytest.mark.parametrize('last', range(12))

@@ -161,6 +161,8 @@ class Evolving(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
             output_dict: bool = False,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
         """Forward features that returns intermediates, the complete patch grid after any block.
 
@@ -174,7 +176,13 @@ class Evolving(nn.Module):
             intermediates_only: Only return intermediate features.
             output_dict: Return a dictionary with 'image_features', 'image_intermediates' and, if asked for,
                 'image_intermediates_prefix'.
+            attn_mask, is_causal: Not supported, a mask could not follow the selected tokens.
+
+        Raises:
+            ValueError: There is a mask.
         """
+        if attn_mask is not None or is_causal:
+            raise ValueError('attn_mask and is_causal are not supported: a mask cannot follow the selected tokens.')
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 

@@ -342,7 +342,7 @@ class EvolvingSequential(nn.Sequential):
                 if torch.jit.is_scripting():
                     x, row = block.forward_class_attention(x)
                 elif self.grad_checkpointing:
-                    x, row = checkpoint(block, x, class_attention=True)
+                    x, row = checkpoint(block, x, True)  # reentrant checkpoints take no keywords
                 else:
                     x, row = block(x, class_attention=True)
                 if not self.representative_token:
