@@ -1,6 +1,7 @@
 """Pictures of informative tokens."""
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from test_evo_deit import build as build_deit
@@ -113,6 +114,11 @@ def test_names_imagenet_classes_only_where_there_are_a_thousand(tmp_path):
     assert long.height > short.height
 
 
+class Runs:
+    def __reduce__(self):
+        return print, ('this was run',)
+
+
 def test_command(tmp_path, capsys):
     from timm_evovit.cli import main
     small = ['img_size=32', 'patch_size=8', 'embed_dim=24', 'num_heads=3', 'mlp_ratio=2', 'depth=6']
@@ -129,6 +135,17 @@ def test_command(tmp_path, capsys):
     (_, expected), = visualize(model, [tmp_path / 'y.jpg'])
     assert np.array_equal(np.asarray(Image.open(tmp_path / 'out' / 'y.png')), np.asarray(expected))
     capsys.readouterr()
+
+    timm.models.save_for_hf(model, tmp_path / 'folder', model_args=model.model_args, safe_serialization=True)
+    for name, file in ((f'local-dir:{tmp_path / "folder"}', 'model.pth'), ('evo_deit_tiny', 'folder/model.safetensors')):
+        command = ['visualize', str(tmp_path / 'y.jpg'), '--model', name, '--num-classes', '10', '--checkpoint']
+        assert main([*command, str(tmp_path / file), '--output', str(tmp_path / 'again'), *tail]) == 0
+        assert np.array_equal(np.asarray(Image.open(tmp_path / 'again' / 'y.png')), np.asarray(expected))
+    for file, content, message in (
+            ('code.pth', {'model': Runs()}, 'anything else could run code'), ('half.safetensors', None, 'damaged')):
+        torch.save(content, tmp_path / file)
+        assert main([*command, str(tmp_path / file), '--output', str(tmp_path / 'none'), *tail]) == 1
+        assert message in capsys.readouterr().err and not (tmp_path / 'none').exists()
 
     (tmp_path / 'a' / 'bad.png').write_bytes(b'no picture')
     assert main(['visualize', *images, *common, '--output', str(tmp_path / 'out2'), *tail]) == 1

@@ -8,7 +8,7 @@ import timm
 from timm.utils import ParseKwargs
 from tqdm import tqdm
 
-from .convert import convert, upload
+from .convert import convert, read_weights, upload
 from .evo_vit import evolve
 from .visualize import find_images, sheet, visualize
 
@@ -31,7 +31,8 @@ def _visualize(args: argparse.Namespace) -> int:
         if getattr(args, key) is not None:
             kwargs[key] = getattr(args, key)
     if args.checkpoint:
-        kwargs['pretrained_cfg_overlay'] = dict(file=args.checkpoint, num_classes=kwargs.get('num_classes', 1000))
+        kwargs['pretrained_cfg_overlay'] = dict(
+            state_dict=read_weights(args.checkpoint)[1], source=None, num_classes=kwargs.get('num_classes', 1000))
     model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.checkpoint), **kwargs)
     model = (model if hasattr(model, 'forward_selections') else evolve(model)).to(args.device)
 

@@ -28,7 +28,7 @@ from .evo_deit import EvoVisionTransformer
 from .evo_levit import EvoLevit
 from .hub import DRIVE_FILE, PUBLISHED
 
-__all__ = ['Conversion', 'convert', 'download', 'read_checkpoint', 'select_weights', 'upload']
+__all__ = ['Conversion', 'convert', 'download', 'read_checkpoint', 'read_weights', 'select_weights', 'upload']
 
 CITATION = """@inproceedings{xu2022evo,
   title={Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer},
@@ -158,6 +158,28 @@ def select_weights(checkpoint: Any, use_ema: bool, path: Union[str, Path]) -> Tu
     return entry, clean_state_dict(weights)
 
 
+def read_weights(path: Union[str, Path], use_ema: bool = False) -> Tuple[str, Dict[str, torch.Tensor]]:
+    """Read the weights in a checkpoint or in a safetensors file, and run nothing of it.
+
+    Args:
+        path: File.
+        use_ema: Take the moving average of the weights.
+
+    Returns:
+        Name of the entry, '' for a file that holds nothing but weights, and the weights.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It holds no weights, is not complete, or holds a type that is not read.
+    """
+    if Path(path).suffix != '.safetensors':
+        return select_weights(read_checkpoint(path), use_ema, path)
+    try:
+        return select_weights(load_file(path), use_ema, path)
+    except SafetensorError as e:
+        raise ValueError(f'{path} is not a safetensors file, or damaged: {e}') from e
+
+
 def download(name: str) -> Path:
     """Download the authors' checkpoint of a model, or go on with a download, or find that it is there.
 
@@ -182,7 +204,7 @@ def download(name: str) -> Path:
         import gdown
     except ImportError as e:
         raise RuntimeError(
-            f"The download needs gdown: pip install 'timm-evovit[convert]'. Or download {url} in a browser and name "
+            f"The download needs gdown: pip install gdown. Or download {url} in a browser and name "
             f'the file.') from e
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -305,7 +327,7 @@ def _card(model: nn.Module, source: str, digest: str) -> Dict[str, Any]:
             'Original': cfg['origin_url'],
             'Weights': [f'{source}, sha256 {digest}', *cfg.get('notes', ()), 'not evaluated by the conversion'],
         },
-        'usage': "```python\n# pip install timm-evovit\nimport timm\n\n"
+        'usage': "```python\n# with timm-evovit installed\nimport timm\n\n"
                  "model = timm.create_model('local-dir:FOLDER', pretrained=True)  # or 'hf-hub:ORGANISATION/NAME'\n```",
         'citation': CITATION,
     }
@@ -372,7 +394,7 @@ def convert(
     variant = _variant(name, model_kwargs)
     path = Path(checkpoint) if checkpoint is not None else download(variant)
     try:
-        entry, weights = select_weights(read_checkpoint(path), use_ema, path)
+        entry, weights = read_weights(path, use_ema)
     except ValueError:
         if checkpoint is None:
             path.unlink()  # or it would be found again
