@@ -18,6 +18,7 @@ import yaml
 
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 RECIPES = sorted((EXAMPLES / 'recipes').glob('*.yaml'))
+REPO = Path(os.environ.get('TIMM_REPO', '')).resolve()
 needs_timm_repo = pytest.mark.skipif(
     'TIMM_REPO' not in os.environ, reason="timm's scripts are only in its repository, set TIMM_REPO to a checkout")
 TRAIN_PY = {  # arguments of train.py that a recipe may set
@@ -26,6 +27,8 @@ TRAIN_PY = {  # arguments of train.py that a recipe may set
     'mixup', 'model', 'model_ema', 'model_ema_decay', 'model_kwargs', 'opt', 'recount', 'remode', 'reprob', 'sched',
     'smoothing', 'task_loss_weight', 'train_interpolation', 'warmup_epochs', 'warmup_lr', 'weight_decay'}
 SMALL = ['img_size=32', 'patch_size=4', 'embed_dim=48', 'num_heads=3', 'depth=6']
+LEARN = [  # what makes such a model learn something in four epochs
+    '--opt', 'adamw', '--lr', 2e-3, '-b', 16, '--scale', 0.8, 1, '--hflip', 0, '--warmup-epochs', 0]
 
 
 def run(script, *args, cwd):
@@ -53,35 +56,34 @@ def digits(tmp_path_factory):
 @pytest.mark.parametrize('extra', [
     (), ('selection=layer', 'representative_token=True', 'keep_ratio=0.7'), ('layer_to_stage_epochs=2',)])
 def test_train_validate_resume(digits, tmp_path, extra):
-    repo = Path(os.environ['TIMM_REPO'])
     common = [
-        '--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL, *extra, '--data-dir', digits,
-        '--num-classes', 10, '--img-size', 32, '-b', 64, '--device', 'cpu', '--workers', 1]
-    train = [*common, '--lr', 1e-3, '--warmup-epochs', 0, '--output', tmp_path, '--experiment', 'run']
-    log = run(repo / 'train.py', *train, '--epochs', 2, cwd=tmp_path)
+        '--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL, 'weight_init=jax', *extra, '--data-dir', digits,
+        '--num-classes', 10, '--img-size', 32, '--device', 'cpu', '--workers', 1]
+    train = [*common, *LEARN, '--output', tmp_path, '--experiment', 'run']
+    log = run(REPO / 'train.py', *train, '--epochs', 4, cwd=tmp_path)
     assert 'evo_deit_tiny_patch16_224 created' in log
     checkpoint = tmp_path / 'run' / 'last.pth.tar'
     with open(tmp_path / 'run' / 'summary.csv') as f:
         rows = list(csv.DictReader(f))
-    assert [row['epoch'] for row in rows] == ['0', '1'] and float(rows[1]['train_loss']) < float(rows[0]['train_loss'])
-    log = run(repo / 'validate.py', *common, '--checkpoint', checkpoint, cwd=tmp_path)
+    assert [row['epoch'] for row in rows] == ['0', '1', '2', '3']
+    assert float(rows[3]['train_loss']) < float(rows[0]['train_loss']) - 0.03
+    log = run(REPO / 'validate.py', *common, '--checkpoint', checkpoint, cwd=tmp_path)
     top1 = float(re.search(r'\* Acc@1 ([\d.]+)', log).group(1))
-    assert top1 == pytest.approx(float(rows[1]['eval_top1']), abs=0.01)
-    log = run(repo / 'train.py', *train[:-1], 'resumed', '--epochs', 3, '--resume', checkpoint, cwd=tmp_path)
-    assert "Loaded checkpoint" in log and 'Train: 2' in log and 'Train: 1' not in log
+    assert top1 == pytest.approx(float(rows[3]['eval_top1']), abs=0.01)
+    log = run(REPO / 'train.py', *train[:-1], 'resumed', '--epochs', 5, '--resume', checkpoint, cwd=tmp_path)
+    assert "Loaded checkpoint" in log and 'Train: 4' in log and 'Train: 3' not in log
     if 'layer_to_stage_epochs=2' in extra:
         states = [torch.load(tmp_path / run / 'last.pth.tar', weights_only=False) for run in ('run', 'resumed')]
-        assert [state['state_dict']['epochs_started'].item() for state in states] == [2, 3]
+        assert [state['state_dict']['epochs_started'].item() for state in states] == [4, 5]
 
 
 @needs_timm_repo
 def test_train_with_everything_on(digits, tmp_path):
     """Mixed precision, accumulation, checkpointing, EMA, layer decay and mixup; then fine-tuning what came out."""
-    repo = Path(os.environ['TIMM_REPO'])
     common = [
         '--model', 'evo_deit_tiny_patch16_224', '--data-dir', digits, '-b', 32, '--device', 'cpu', '--workers', 1,
         '--lr', 1e-3, '--opt', 'adamw', '--warmup-epochs', 0, '--epochs', 2, '--output', tmp_path]
-    run(repo / 'train.py', *common, '--model-kwargs', *SMALL, 'layer_to_stage_epochs=1', '--num-classes', 10,
+    run(REPO / 'train.py', *common, '--model-kwargs', *SMALL, 'layer_to_stage_epochs=1', '--num-classes', 10,
         '--img-size', 32, '--amp', '--amp-dtype', 'bfloat16', '--grad-accum-steps', 2, '--grad-checkpointing',
         '--channels-last', '--model-ema', '--model-ema-decay', 0.9, '--layer-decay', 0.8, '--mixup', 0.8, '--cutmix', 1.0,
         '--clip-grad', 1.0, '--experiment', 'run', cwd=tmp_path)
@@ -93,11 +95,17 @@ def test_train_with_everything_on(digits, tmp_path):
         for label in '012':
             shutil.copytree(digits / split / label, few / split / label)
     common[common.index('--data-dir') + 1] = few
-    run(repo / 'train.py', *common, '--model-kwargs', *SMALL, 'img_size=48', '--num-classes', 3, '--img-size', 48,
+    common[common.index('--lr') + 1] = 1e-9  # to see what it starts from, which is timm's choice of the two: the EMA
+    run(REPO / 'train.py', *common, '--model-kwargs', *SMALL, 'img_size=48', '--num-classes', 3, '--img-size', 48,
         '--pretrained', '--pretrained-path', checkpoint, '--torchcompile', 'aot_eager', '--experiment', 'tuned',
         cwd=tmp_path)
-    with open(tmp_path / 'tuned' / 'summary.csv') as f:
-        assert float(list(csv.DictReader(f))[-1]['eval_top1']) > 50
+    tuned = torch.load(tmp_path / 'tuned' / 'last.pth.tar', weights_only=False)['state_dict']
+    assert tuned['pos_embed'].shape[1] == 12 * 12 + 1
+    assert len(tuned['head.weight']) == len(tuned['head_cls.weight']) == 3
+    blocks = [key for key in tuned if key.startswith(('patch_embed', 'blocks', 'fc_norm', 'norm_cls'))]
+    assert len(blocks) > 6 * 12
+    for key in blocks:
+        torch.testing.assert_close(tuned[key], state['state_dict_ema'][key], rtol=1e-4, atol=1e-6, msg=key)
 
 
 @needs_timm_repo
@@ -105,12 +113,10 @@ def test_files_of_the_authors(digits, tmp_path):
     """And converted ones, wherever the scripts take a file."""
     from test_checkpoints import as_authors_name_it
     from timm_evovit.cli import main
-    repo = Path(os.environ['TIMM_REPO'])
-    common = ['--data-dir', digits, '-b', 64, '--device', 'cpu', '--workers', 1, '--num-classes', 10, '--img-size', 32]
-    model = ['--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL]
-    train = ['--warmup-epochs', 0, '--epochs', 1, '--output', tmp_path]
-    run(repo / 'train.py', *common, *model, *train, '--epochs', 4, '--lr', 2e-3, '--opt', 'adamw', '--experiment',
-        'run', cwd=tmp_path)
+    common = ['--data-dir', digits, '--device', 'cpu', '--workers', 1, '--num-classes', 10, '--img-size', 32]
+    model = ['--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL, 'weight_init=jax']
+    train = [*LEARN, '--epochs', 1, '--output', tmp_path]
+    run(REPO / 'train.py', *common, *model, *train, '--epochs', 4, '--experiment', 'run', cwd=tmp_path)
     checkpoint, authors = tmp_path / 'run' / 'last.pth.tar', tmp_path / 'authors.pth'
     state = torch.load(checkpoint, weights_only=False)
     torch.save({'model': as_authors_name_it(state['state_dict']), 'args': state['args']}, authors)
@@ -121,15 +127,15 @@ def test_files_of_the_authors(digits, tmp_path):
     top1 = []
     for args in (*([*model, '--checkpoint', file] for file in (checkpoint, authors, converted)),
                  ['--model', f'local-dir:{output}', '--pretrained']):
-        log = run(repo / 'validate.py', *common, *args, cwd=tmp_path)
+        log = run(REPO / 'validate.py', *common, *args, cwd=tmp_path)
         top1.append(float(re.search(r'\* Acc@1 ([\d.]+)', log).group(1)))
     assert len(set(top1)) == 1 and top1[0] > 15  # one in ten by chance
     for i, file in enumerate((authors, converted)):
-        run(repo / 'train.py', *common, *model, *train, '--lr', 1e-9, '--initial-checkpoint', file, '--experiment',
+        run(REPO / 'train.py', *common, *model, *train, '--lr', 1e-9, '--initial-checkpoint', file, '--experiment',
             f'initial{i}', cwd=tmp_path)
         with open(tmp_path / f'initial{i}' / 'summary.csv') as f:
             assert float(list(csv.DictReader(f))[-1]['eval_top1']) == pytest.approx(top1[0], abs=0.5)
-        log = run(repo / 'train.py', *common, *model, *train, '--lr', 1e-3, '--pretrained', '--pretrained-path', file,
+        log = run(REPO / 'train.py', *common, *model, *train, '--lr', 1e-3, '--pretrained', '--pretrained-path', file,
                   '--experiment', f'pretrained{i}', cwd=tmp_path)
         assert f'Loading pretrained weights from file ({file})' in log
 
@@ -137,21 +143,20 @@ def test_files_of_the_authors(digits, tmp_path):
 @needs_timm_repo
 def test_train_distils(digits, tmp_path):
     """LeViT's recipe: hard labels of a teacher, adaptive clipping; the batch norms fold in validate.py."""
-    repo = Path(os.environ['TIMM_REPO'])
     timm.models.save_for_hf(timm.create_model('resnet10t', num_classes=10), tmp_path / 'teacher')
     kwargs = [
         '--model-kwargs', 'img_size=64', 'embed_dim=(16,24,32)', 'key_dim=8', 'num_heads=(2,3,4)', 'depth=(3,1,1)']
     common = [
         '--model', 'evo_levit_128s', '--data-dir', digits, '-b', 64, '--device', 'cpu', '--workers', 1,
         '--num-classes', 10, '--img-size', 64]
-    run(repo / 'train.py', *common, *kwargs, 'layer_to_stage_epochs=1', '--lr', 1e-3, '--opt', 'adamw', '--epochs', 2,
+    run(REPO / 'train.py', *common, *kwargs, 'layer_to_stage_epochs=1', '--lr', 1e-3, '--opt', 'adamw', '--epochs', 2,
         '--warmup-epochs', 0, '--clip-grad', 0.01, '--clip-mode', 'agc', '--kd-model-name',
         f'local-dir:{tmp_path / "teacher"}', '--kd-distill-type', 'token', '--kd-token-distill-type', 'hard',
         '--task-loss-weight', 0.5, '--output', tmp_path, '--experiment', 'run', cwd=tmp_path)
     checkpoint = tmp_path / 'run' / 'last.pth.tar'
     top1 = [
         float(re.search(r'\* Acc@1 ([\d.]+)', run(
-            repo / 'validate.py', *common, *extra, *kwargs, '--checkpoint', checkpoint, cwd=tmp_path)).group(1))
+            REPO / 'validate.py', *common, *extra, *kwargs, '--checkpoint', checkpoint, cwd=tmp_path)).group(1))
         for extra in ((), ('--reparam',))]
     assert top1[0] == pytest.approx(top1[1], abs=0.3)
 
@@ -190,7 +195,7 @@ def test_recipes_parse(tmp_path):
         'print(json.dumps([sorted(known), parsed]))\n')
     done = subprocess.run(
         [sys.executable, '-c', code, *map(str, RECIPES)], capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, 'PYTHONPATH': os.environ['TIMM_REPO']})
+        env={**os.environ, 'PYTHONPATH': str(REPO)})
     assert done.returncode == 0, done.stderr
     known, parsed = json.loads(done.stdout.splitlines()[-1])
     assert TRAIN_PY <= set(known)
@@ -262,7 +267,7 @@ def test_onnx_export(name, tmp_path):
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
     for extra in ((), ('--reparam',)):
         run(
-            Path(os.environ['TIMM_REPO']) / 'onnx_export.py', tmp_path / 'model.onnx', '--model', name, '--checkpoint',
+            REPO / 'onnx_export.py', tmp_path / 'model.onnx', '--model', name, '--checkpoint',
             tmp_path / 'model.pth', '--num-classes', 1000, '--check-forward', '-b', 2, *extra, cwd=tmp_path)
         (tmp_path / 'model.onnx').unlink()
 
