@@ -31,12 +31,34 @@ CREATE = "m = create_model('evo_deit_small', device='meta'); print(type(m).__nam
     f'import timm_evovit; from timm import create_model; {CREATE}',
     f'import timm, timm_evovit; from timm import create_model; {CREATE}',
     f'from timm_evovit import EvoVisionTransformer; from timm import create_model; {CREATE}',
+    f'from timm_evovit import evolve; from timm import create_model; {CREATE}',
+    f'import timm_evovit.evo_vit; from timm import create_model; {CREATE}',
+    f'import torch, timm_evovit.hub; from timm import create_model; {CREATE}',
+    f'import torch, timm_evovit.training; from timm import create_model; {CREATE}',
+    f'import timm_evovit.evo_levit; from timm import create_model; {CREATE}',
     f'import importlib, timm; importlib.import_module("timm_evovit").autoload(); from timm import create_model; {CREATE}',
 ])
 def test_found_whatever_is_imported_first(code, tmp_path):
     out, err = run(code, tmp_path)
     assert out.split() == ['EvoVisionTransformer', '12']
     assert 'Overwriting' not in err and 'Warning' not in err
+
+
+def test_a_pickle_may_be_the_first_to_ask(tmp_path):
+    out, err = run('''
+        import subprocess, sys, torch
+        if len(sys.argv) == 1:
+            import timm, timm_evovit
+            model = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=3, num_classes=2)
+            torch.save(timm_evovit.evolve(model), 'model.pt')
+            sys.exit(subprocess.run([sys.executable, __file__, 'load']).returncode)
+        model = torch.load('model.pt', weights_only=False)
+        import timm, timm_evovit.evo_vit
+        assert type(model) is timm_evovit.evo_vit.EvolvedVisionTransformer
+        assert timm_evovit.evo_vit.__spec__.origin.endswith('evo_vit.py')
+        print(timm.is_model('evo_deit_small'), timm.is_model('evo_levit_256'))
+    ''', tmp_path)
+    assert out.split() == ['True', 'True'] and 'Warning' not in err
 
 
 def test_listed_by_name_and_module(tmp_path):

@@ -6,6 +6,7 @@ PyTorch loads the entry points of the group `torch.backends` when it has been im
 """
 import sys
 import warnings
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
@@ -50,8 +51,25 @@ class _PluginLoader(Loader):
         _load_plugins()
 
 
+class _Imported(Loader):
+    """The loader of a module that has been imported since its import began."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module, self.spec = module, module.__spec__
+        module.__spec__ = None  # or the import would go by it and run the module again
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec
+
+
 class _PluginFinder(MetaPathFinder):
-    """Watches for the import of `timm.models`, once."""
+    """Watches for the import of `timm.models`, once, and has it come before that of any module of this package.
+
+    A module that imported timm by itself would be needed by the plugins when it is half imported.
+    """
 
     def find_spec(
             self,
@@ -59,6 +77,10 @@ class _PluginFinder(MetaPathFinder):
             path: Optional[Sequence[str]],
             target: Optional[ModuleType] = None,
     ) -> Optional[ModuleSpec]:
+        if fullname.startswith(f'{__package__}.'):
+            import_module(TARGET)
+            module = sys.modules.get(fullname)
+            return None if module is None else ModuleSpec(fullname, _Imported(module))
         if fullname != TARGET:
             return None
         sys.meta_path.remove(self)
