@@ -107,12 +107,25 @@ def test_the_class_token_branch_is_dropped_where_there_is_none():
     (lambda sd: sd.update(surplus=torch.zeros(1)), 'unexpected: surplus'),
     (lambda sd: sd.update({'blocks.0.norm2.weight': torch.ones(25)}),
      r'wrong shape: blocks\.0\.norm2\.weight \(25,\) instead of \(24,\)'),
+    (lambda sd: sd.pop('head.weight'), r'missing: head\.weight'),
+    (lambda sd: sd.update({'head_cls.weight': torch.ones(7, 24)}), r'head_cls\.weight \(7, 24\) instead of \(10, 24\)'),
+    (lambda sd: sd.update({'patch_embed.proj.bias': torch.ones(7)}), r'patch_embed\.proj\.bias \(7,\) instead'),
 ])
 def test_what_does_not_fit_is_named(damage, message):
     authors = as_authors_name_it(build().state_dict())
     damage(authors)
     with pytest.raises(ValueError, match=message):
         load(dict(state_dict=authors))
+
+
+def test_what_does_not_fit_is_left_where_that_is_asked_for():
+    authors = as_authors_name_it(build().state_dict())
+    del authors['blocks.3.mlp.fc1.weight']
+    authors['surplus'] = torch.zeros(1)
+    model = load(dict(state_dict=authors), pretrained_strict=False)
+    own, theirs = model.state_dict(), build().state_dict()
+    differing = [k for k in own if not torch.equal(own[k], theirs[k])]
+    assert differing == ['blocks.3.mlp.fc1.weight']
 
 
 def test_a_checkpoint_of_another_model_is_refused():

@@ -94,19 +94,28 @@ def listed(names: List[str], limit: int = 8) -> str:
 def check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
     """Compare a filtered checkpoint with the model that it is meant for.
 
-    What timm adapts afterwards may differ: the first convolution (in_chans) and the classifiers (num_classes).
+    What timm adapts afterwards may differ: the input channels of the first convolution, and the classifiers of a model
+    that has another number of classes than its configuration.
 
     Raises:
         ValueError: Keys or shapes do not fit, with the names of those.
     """
     own = model.state_dict()
-    adapted = ('head', 'patch_embed.proj', 'stem.conv1')
-    missing = [k for k in own if k not in state_dict and not k.startswith(('head', 'epochs_started'))]
-    unexpected = [k for k in state_dict if k not in own and not k.startswith('head')]
+    cfg = getattr(model, 'pretrained_cfg', {})
+    first_conv = f"{cfg.get('first_conv')}.weight"
+    other = ('epochs_started',)
+    if model.num_classes != cfg.get('num_classes', model.num_classes):
+        other += ('head.', 'head_dist.', 'head_cls.', 'head_cls_dist.')
+
+    def shape(key: str, value: torch.Tensor) -> List[int]:
+        return [n for axis, n in enumerate(value.shape) if key != first_conv or axis != 1]
+
+    missing = [k for k in own if k not in state_dict and not k.startswith(other)]
+    unexpected = [k for k in state_dict if k not in own and not k.startswith(other)]
     wrong = [
         f'{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}'
         for k, v in state_dict.items()
-        if k in own and v.shape != own[k].shape and not k.startswith(adapted)
+        if k in own and shape(k, v) != shape(k, own[k]) and not k.startswith(other)
     ]
     faults = [
         f'{what} {listed(names)}'
@@ -146,20 +155,25 @@ def _adapt_readout(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dic
     return out
 
 
-def deit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+def deit_checkpoint_filter_fn(
+        state_dict: Dict[str, Any],
+        model: nn.Module,
+        strict: bool = True,
+) -> Dict[str, torch.Tensor]:
     """Make a checkpoint fit an EvoVisionTransformer.
 
     Takes the authors' key names as well as timm's, and DeiT's weights, drops the class token branch where the model has
     none, and resamples patch and position embeddings to the model's patch and image size.
 
     Raises:
-        ValueError: Keys or shapes do not fit.
+        ValueError: Keys or shapes do not fit, which only `strict` minds.
     """
     state_dict = _adapt_readout(rename_authors(_weights(state_dict)), model)
     if model.head_cls is None:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith(('norm_cls.', 'head_cls.'))}
     state_dict = vit_checkpoint_filter_fn(state_dict, model)
-    check_state_dict(state_dict, model)
+    if strict:
+        check_state_dict(state_dict, model)
     return state_dict
 
 
@@ -181,14 +195,18 @@ def _resample_pos_embed(
     return resample_abs_pos_embed(pos_embed, list(new_size), list(old_size))
 
 
-def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+def levit_checkpoint_filter_fn(
+        state_dict: Dict[str, Any],
+        model: nn.Module,
+        strict: bool = True,
+) -> Dict[str, torch.Tensor]:
     """Make a checkpoint fit an EvoLevit.
 
     Takes the authors' key names as well as timm's, drops the class token heads and the learned tradeoff where the model
     has none, and resamples position embeddings to the model's image size.
 
     Raises:
-        ValueError: Keys or shapes do not fit, or the weights are those of a LeViT.
+        ValueError: Keys or shapes do not fit, which only `strict` minds, or the weights are those of a LeViT.
     """
     state_dict = _weights(state_dict)
     if any('attention_biases' in k for k in state_dict):
@@ -211,5 +229,6 @@ def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> 
         if i > 0:
             old_size = tuple(-(-size // 2) for size in old_size)
         new_size = stage.grid_size
-    check_state_dict(state_dict, model)
+    if strict:
+        check_state_dict(state_dict, model)
     return state_dict
