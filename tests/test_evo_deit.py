@@ -11,9 +11,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from reference import image_logits
+from timm.models import checkpoint
 from torch.nn import functional as F
 
-import timm_evovit
+import timm_evovit.evolution
 from timm_evovit import AssistedLoss, EvoVisionTransformer, informative_tokens
 
 NAME = 'evo_deit_tiny_patch16_224'
@@ -284,7 +285,8 @@ def test_even_samples_ask_the_patches_odd_ones_the_class_token():
 @pytest.mark.parametrize('kwargs', [
     {}, dict(selection='layer'), dict(representative_token=True), dict(representative_token=True, selection='layer'),
     dict(assisted_cls=False), dict(global_pool='token'), dict(global_pool='map'), dict(keep_ratio=1), dict(reg_tokens=1),
-    dict(num_classes=0), dict(img_size=8),
+    dict(num_classes=0), dict(img_size=8), dict(global_pool='max'), dict(global_pool='avgmax'), dict(fc_norm=False),
+    dict(final_norm=False), dict(patch_drop_rate=0.25), dict(init_values=0.1, qk_norm=True),
 ])
 @pytest.mark.parametrize('batch', [1, 2])
 def test_every_parameter_has_a_gradient(kwargs, batch):
@@ -319,7 +321,11 @@ def test_grad_checkpointing_changes_nothing(monkeypatch, kwargs):
         model = build(**kwargs).train()
         model.set_grad_checkpointing(enable)
         monkeypatch.setattr('timm.layers.config._USE_REENTRANT_CKPT', reentrant)
+        calls = []
+        monkeypatch.setattr(
+            timm_evovit.evolution, 'checkpoint', lambda block, *args: calls.append(block) or checkpoint(block, *args))
         model(images()).square().sum().backward()
+        assert calls == list(model.blocks) * enable
         gradients.append([p.grad for p in model.parameters()])
         if enable and not reentrant:
             checkpointed = model.forward_intermediates(images())[1]
@@ -370,9 +376,11 @@ def test_features_are_complete_grids_at_every_block(kwargs):
         full = model.forward_intermediates(x, [5], return_prefix_tokens=True, output_dict=True)
         assert full['image_intermediates_prefix'][0].shape == (2, model.num_prefix_tokens, 24)
         assert torch.equal(model.get_intermediate_layers(x, [5], reshape=True)[0], maps[5])
-    for mask in (dict(attn_mask=torch.ones(16, 16)), dict(is_causal=True)):
-        with pytest.raises(ValueError, match='a mask cannot follow the selected tokens'):
-            model.forward_intermediates(x, **mask)
+    for forward in (model, model.forward_features, model.forward_intermediates):
+        forward(x, attn_mask=None, is_causal=False)
+        for mask in (dict(attn_mask=torch.ones(16, 16)), dict(is_causal=True)):
+            with pytest.raises(ValueError, match='a mask cannot follow the selected tokens'):
+                forward(x, **mask)
 
 
 @pytest.mark.parametrize('last', range(12))
@@ -395,6 +403,21 @@ def test_slices_of_the_blocks():
         dense = model.blocks[4:6]
         assert type(dense) is torch.nn.Sequential and dense(x).shape == x.shape
         assert model.blocks[-1] is list(model.blocks)[-1]
+
+
+def test_hooks_fire_as_in_timm():
+    model, calls = build(), []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda module, args, output, i=i: calls.append((i, 'block', output)))
+        block.attn.register_forward_hook(lambda module, args, output, i=i: calls.append((i, 'attn', output)))
+    model(images())
+    assert [call[:2] for call in calls] == [(i, name) for i in range(12) for name in ('attn', 'block')]
+    # where class attention is read it is returned as well
+    assert {i for i, _, output in calls if isinstance(output, tuple)} == {3, 4, 5, 6, 7}
+
+
+def test_an_empty_batch_is_answered():
+    assert build()(images(0)).shape == (0, 10) and build(representative_token=True)(images(0)).shape == (0, 10)
 
 
 def test_set_input_size_and_dynamic_sizes():
@@ -560,6 +583,8 @@ def test_informative_tokens_leaves_nothing_behind():
     (dict(tradeoff='learned'), TypeError, 'learned'),
     (dict(selection='token'), ValueError, "'stage' or 'layer', got 'token'"),
     (dict(class_token=False), ValueError, 'class_token=False'),
+    (dict(representative_token='false'), TypeError, "representative_token must be True or False, got 'false'"),
+    (dict(assisted_cls=0), TypeError, 'assisted_cls must be True or False, got 0'),
     (dict(block_fn=torch.nn.Identity), TypeError, 'EvoBlock'),
     (dict(attn_layer='diff'), TypeError, 'diff'),
     (dict(not_an_argument=1), TypeError, 'not_an_argument'),

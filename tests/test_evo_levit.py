@@ -10,9 +10,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from timm.layers import resample_abs_pos_embed
+from timm.models import checkpoint
 from timm.utils import reparameterize_model
 from torch.nn import functional as F
 
+import timm_evovit.evo_levit
 from timm_evovit import AssistedLoss, EvoLevit, informative_tokens
 
 NAME = 'evo_levit_128s'
@@ -449,7 +451,11 @@ def test_grad_checkpointing_changes_nothing(monkeypatch, kwargs):
         model = build(**kwargs).train()
         model.set_grad_checkpointing(enable)
         monkeypatch.setattr('timm.layers.config._USE_REENTRANT_CKPT', reentrant)
+        calls = []
+        monkeypatch.setattr(
+            timm_evovit.evo_levit, 'checkpoint', lambda stage, *args: calls.append(stage) or checkpoint(stage, *args))
         model(images(3)).square().sum().backward()
+        assert calls == list(model.stages) * enable
         gradients.append([p.grad for p in model.parameters()])
     for checkpointed in gradients[1:]:
         torch.testing.assert_close(checkpointed, gradients[0])
@@ -766,6 +772,12 @@ def test_wrong_checkpoints_are_named():
     (dict(img_size=0), ValueError, '0 x 0'),
     (dict(depth=(4, 4)), ValueError, r'depth .* 3 by embed_dim, got \(4, 4\)'),
     (dict(not_an_argument=1), TypeError, 'not_an_argument'),
+    (dict(num_heads=(2, 3)), ValueError, r'num_heads .* 3 by embed_dim, got \(2, 3\)'),
+    (dict(embed_dim=16), TypeError, 'embed_dim must be one width per stage, .* got 16'),
+    (dict(key_dim=32), ValueError, r'key_dim must be 1 \.\. 16 .* got 32'),
+    (dict(stem_backbone=torch.nn.Identity()), ValueError, 'stem_backbone'),
+    (dict(representative_token='no'), TypeError, "representative_token must be True or False, got 'no'"),
+    (dict(assisted_cls='false'), TypeError, "assisted_cls must be True or False, got 'false'"),
 ])
 def test_bad_arguments(kwargs, error, message):
     with pytest.raises(error, match=message):

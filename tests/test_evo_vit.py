@@ -21,6 +21,7 @@ MODELS = [
     ('vit_base_patch16_224', dict(depth=7, in_chans=1, img_size=(24, 40), dynamic_img_size=True)),
     ('vit_base_patch16_clip_quickgelu_224', {}),
     ('vit_small_patch14_reg4_dinov2', dict(init_values=0.5, mlp_ratio=2)),
+    ('vit_tiny_r_s16_p8_224', dict(img_size=64, patch_size=1)),
     ('vit_base_patch16_224', dict(global_pool='map', scale_attn_norm=True, scale_mlp_norm=True, reg_tokens=2)),
 ]
 
@@ -161,17 +162,48 @@ def test_script_fx_export_compile_and_copies(name, config, tmp_path):
         assert torch.equal(copy.deepcopy(evolved).bfloat16()(x.bfloat16()).isfinite().all(), torch.tensor(True))
 
 
-@pytest.mark.parametrize('name, config', MODELS[:4], ids=[name for name, _ in MODELS[:4]])
+@pytest.mark.parametrize('name, config', MODELS[:4] + MODELS[7:8], ids=[name for name, _ in MODELS[:4] + MODELS[7:8]])
 def test_trains(name, config):
     evolved = evolve(build(name, **config)).train()
     x = images(evolved)
     loss = evolved(x).square().sum()
     gradients = torch.autograd.grad(loss, list(evolved.parameters()))
     assert all(g.abs().sum() > 0 for g in gradients)
+    compiled = torch.compile(evolved, backend='aot_eager', fullgraph=True)
+    for a, b in zip(gradients, torch.autograd.grad(compiled(x).square().sum(), list(evolved.parameters()))):
+        torch.testing.assert_close(a, b)
     evolved.set_grad_checkpointing()
     again = torch.autograd.grad(evolved(x).square().sum(), list(evolved.parameters()))
     for a, b in zip(gradients, again):
         torch.testing.assert_close(a, b)
+
+
+def test_modes_are_not_shared():
+    dense = build(drop_path_rate=0.5, proj_drop_rate=0.5)
+    x = images(dense)
+    evolved = evolve(dense).train()
+    assert torch.equal(dense(x), dense(x)) and not torch.equal(evolved(x), evolved(x))
+    names = [name for name, _ in evolved.named_modules()]
+    assert names == [name for name, _ in dense.named_modules()]
+    assert not any(a is b for a, b in zip(evolved.modules(), dense.modules()))
+    evolved.blocks[0].mlp.fc1.weight.data.zero_()
+    assert dense.blocks[0].mlp.fc1.weight.abs().sum() == 0
+
+
+def test_another_input_size():
+    evolved = evolve(build())
+    evolved.set_input_size((48, 32))
+    x = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(0)).double()
+    dense = build(img_size=(48, 32))
+    dense.load_state_dict(evolved.state_dict())
+    assert torch.equal(evolved(x), evolve(dense)(x)) and informative_tokens(evolved, x)[0].mask.shape == (2, 6, 4)
+
+
+def test_arguments_are_those_of_the_model_as_built():
+    """Also where features_only has pruned it since."""
+    config = dict(pretrained=False, features_only=True, out_indices=(1, 3), **SMALL)
+    pruned = evolve(timm.create_model('vit_tiny_patch16_224', **config), keep_ratio=(0.7, 0.5), stages=(2, 4)).model
+    assert pruned.stages == (2,) and pruned.keep_ratio == (0.7,) and len(pruned.tradeoff) == len(pruned.blocks) == 4
 
 
 def test_evolve_model():
@@ -184,6 +216,12 @@ def test_evolve_model():
     with pytest.raises(RuntimeError, match='Unknown model'):
         evolve_model('vit_nothing')
     assert {'evolve', 'evolve_model'} <= set(timm_evovit.__all__)
+
+
+def gated():
+    model = build()
+    model.blocks[2].attn.gate = torch.nn.Linear(24, 24)
+    return model
 
 
 class OtherAttention(Attention):
@@ -203,6 +241,7 @@ class OtherTransformer(VisionTransformer):
      TypeError, "blocks.0 must be timm's Block, got ResPostBlock"),
     (lambda: timm.create_model('vit_tiny_patch16_224', **SMALL, attn_layer=OtherAttention),
      TypeError, "blocks.0.attn must be timm's Attention, got OtherAttention"),
+    (lambda: gated(), TypeError, 'blocks.2.attn is gated'),
     (lambda: OtherTransformer(**SMALL), TypeError, 'got OtherTransformer'),
     (lambda: timm.create_model('resnet10t'), TypeError, 'got ResNet'),
     (lambda: timm.create_model('evo_deit_tiny', **SMALL), TypeError, 'EvoVisionTransformer evolves already'),
@@ -222,6 +261,7 @@ def test_what_cannot_evolve_is_refused(model, error, message):
     (dict(stages=(6,)), ValueError, r'1 \.\. 5 for a model of 6 blocks'),
     (dict(tradeoff=2), ValueError, 'tradeoff must lie in'),
     (dict(selection='none'), ValueError, "got 'none'"),
+    (dict(representative_token='no'), TypeError, "got 'no'"),
 ])
 def test_bad_arguments_leave_the_model_alone(kwargs, error, message):
     dense = build()

@@ -140,6 +140,9 @@ def test_informative_tokens_starts_no_epoch(family):
     selections = len(informative_tokens(model, images(family)))
     assert model.epochs_started == 1 and model.layerwise_phase and model.training
     assert selections == len(informative_tokens(FAMILIES[family](), images(family)))
+    compiled = torch.compile(model, backend='eager')
+    assert len(informative_tokens(compiled, images(family))) == selections
+    assert model.epochs_started == 1 and model.layerwise_phase and model.training
 
 
 @both

@@ -6,6 +6,7 @@ Yifan Xu, Zhijie Zhang, Mengdan Zhang, Kekai Sheng, Ke Li, Weiming Dong, Liqing 
 """
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -17,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from . import training
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
 from .evo_vit import EvoAttention, EvoBlock, Evolving
+from .evolution import check_flag
 from .hub import HubModel, published, resolve_weights
 
 __all__ = ['EvoVisionTransformer']  # register_model will add each entrypoint fn to this
@@ -66,7 +68,7 @@ class EvoVisionTransformer(HubModel, Evolving, training.LayerToStage, VisionTran
                 of its own (paper section 'Assisted CLS token loss').
             layer_to_stage_epochs: Select layer-wise in so many epochs of training, then stage-wise (paper section
                 'Layer-to-stage training schedule'; 200 of 300 epochs there).
-            **kwargs: Arguments of timm's VisionTransformer.
+            **kwargs: Arguments of timm's VisionTransformer, by keyword.
 
         Raises:
             TypeError, ValueError: An argument is of the wrong kind, out of range or of the wrong length.
@@ -85,7 +87,7 @@ class EvoVisionTransformer(HubModel, Evolving, training.LayerToStage, VisionTran
 
         self._init_evolution(keep_ratio, stages, tradeoff, selection, representative_token)
 
-        self.assisted_cls = assisted_cls
+        self.assisted_cls = check_flag('assisted_cls', assisted_cls)
         self.assisted_training = False  # must set this True to train w/ both heads' logits
         self._reset_cls_head()
         self._init_layer_to_stage(layer_to_stage_epochs, self.selection, self.cls_token.device)
@@ -140,7 +142,11 @@ class EvoVisionTransformer(HubModel, Evolving, training.LayerToStage, VisionTran
         super().reset_classifier(num_classes, global_pool)
         self._reset_cls_head()
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
+    def forward_head(
+            self,
+            x: torch.Tensor,
+            pre_logits: bool = False,
+    ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
         """Tokens (B, N, C) to logits (B, num_classes).
 
         In training mode with an assisted class token, even samples of the batch are answered by the averaged-patch
@@ -180,7 +186,7 @@ def _create_evo_deit(
         variant,
         pretrained,
         pretrained_cfg=cfg,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True)),
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )

@@ -5,6 +5,7 @@ Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - htt
 Yifan Xu, Zhijie Zhang, Mengdan Zhang, Kekai Sheng, Ke Li, Weiming Dong, Liqing Zhang, Changsheng Xu, Xing Sun.
 """
 from collections import OrderedDict
+from functools import partial
 from numbers import Real
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
@@ -52,6 +53,18 @@ def check_tradeoff(value: Union[str, float]) -> Optional[float]:
     return float(value)
 
 
+def per_stage(name: str, value: Any, num_stages: int) -> Tuple[Any, ...]:
+    """One value for each stage, given so or as one for all.
+
+    Raises:
+        ValueError: There are more of them, or fewer.
+    """
+    values = to_ntuple(num_stages)(value)
+    if len(values) != num_stages:
+        raise ValueError(f'{name} must be one number or one per stage, {num_stages} by embed_dim, got {value!r}.')
+    return tuple(values)
+
+
 def grid_sizes(img_size: Tuple[int, int], stride: int, num_stages: int) -> List[Tuple[int, int]]:
     """Size of the patch grid in each stage: stem and downsampling round up.
 
@@ -89,7 +102,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
 
     Written out: where e differs from d, scaled_dot_product_attention is slower on a CPU.
     """
-    attn = (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)
+    attn = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)
     return (attn @ v).transpose(1, 2).flatten(2)
 
 
@@ -124,13 +137,19 @@ class EvoLevitAttention(nn.Module):
         q, k, v = x.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
         return q, k, v
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, N, C) to (B, N, C)."""
+    def forward(self, x: torch.Tensor, class_attention: bool = False):  # TorchScript infers the return type
+        """
+        Args:
+            x: Tokens (B, N, C), the class token first.
+            class_attention: Return class attention over all tokens, (B, N), beside the output (B, N, C).
+        """
+        if class_attention and not torch.jit.is_scripting():
+            return self.forward_class_attention(x)
         q, k, v = self._qkv(x)
         return self.proj(attend(q, k, v, self.scale))
 
     def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The same, and class attention over all tokens (B, N)."""
+        """The same, with class attention, for TorchScript."""
         q, k, v = self._qkv(x)
         return self.proj(attend(q, k, v, self.scale)), evolution.class_attention(q, k, self.scale)
 
@@ -270,15 +289,16 @@ class EvoLevitBlock(nn.Module):
         self.mlp = LevitMlp(dim, int(dim * mlp_ratio), act_layer=act_layer, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
-    def forward(self, x: torch.Tensor, class_attention: bool = False):
+    def forward(self, x: torch.Tensor, class_attention: bool = False):  # TorchScript infers the return type
         """
         Args:
             x: Tokens (B, N, C), the class token first.
             class_attention: Return class attention over all tokens, (B, N), beside the tokens.
         """
-        if class_attention and not torch.jit.is_scripting():
-            return self.forward_class_attention(x)
-        return self._residual(x, self.attn(x))
+        if torch.jit.is_scripting() or not class_attention:
+            return self._residual(x, self.attn(x))
+        attn, row = self.attn(x, class_attention=True)
+        return self._residual(x, attn), row
 
     def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """The same, with class attention, for TorchScript."""
@@ -438,12 +458,23 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
         dd = {'device': device, 'dtype': dtype}
         if use_conv:
             raise ValueError('use_conv=True is not supported: tokens are selected from sequences, not from maps.')
+        if kwargs.get('stem_backbone') is not None:
+            raise ValueError(
+                'stem_backbone is not supported: the grid is known for the stems of stem_type only, s16 and s8.')
+        if isinstance(embed_dim, str) or not isinstance(embed_dim, Sequence):
+            raise TypeError(f'embed_dim must be one width per stage, such as (128, 256, 384), got {embed_dim!r}.')
         num_stages = len(embed_dim)
-        if len(depth) != num_stages:
-            raise ValueError(f'depth must be one number per stage, {num_stages} by embed_dim, got {depth!r}.')
+        depth, num_heads, attn_ratio, mlp_ratio = (
+            per_stage(name, value, num_stages) for name, value in (
+                ('depth', depth), ('num_heads', num_heads), ('attn_ratio', attn_ratio), ('mlp_ratio', mlp_ratio)))
+        if not 0 < key_dim <= min(embed_dim[:-1], default=key_dim):
+            raise ValueError(
+                f'key_dim must be 1 .. {min(embed_dim[:-1])} for downsampling attentions of embed_dim // key_dim '
+                f'heads, got {key_dim!r}.')
+        evolution.check_flag('representative_token', representative_token)
         keep_ratio = evolution.check_keep_ratio(keep_ratio, num_stages)
         fixed_tradeoff = check_tradeoff(tradeoff)
-        # everything but the stages is timm's, so none of its blocks are asked for
+        # everything but the stages is timm's: none of its blocks are asked for, its downsampling is replaced
         super().__init__(
             in_chans=in_chans, num_classes=num_classes, embed_dim=embed_dim, key_dim=key_dim, depth=(0,) * num_stages,
             act_layer=act_layer, num_heads=num_heads, **kwargs, **dd)
@@ -453,9 +484,6 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
         self.fixed_tradeoff = 0.5 if fixed_tradeoff is None else fixed_tradeoff
 
         grids = grid_sizes(self.img_size, self.feature_info[0]['reduction'], num_stages)
-        num_heads = to_ntuple(num_stages)(num_heads)
-        attn_ratio = to_ntuple(num_stages)(attn_ratio)
-        mlp_ratio = to_ntuple(num_stages)(mlp_ratio)
         self.stages = nn.ModuleList([
             EvoLevitStage(
                 embed_dim[max(i - 1, 0)],
@@ -482,7 +510,7 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
         num_attentions = sum(depth) + num_stages - 1
         self.tradeoff = nn.Parameter(torch.empty(num_attentions, **dd)) if fixed_tradeoff is None else None
 
-        self.assisted_cls = assisted_cls
+        self.assisted_cls = evolution.check_flag('assisted_cls', assisted_cls)
         self.distilled_training = False  # must set this True to train w/ separate logits for distillation
         self.assisted_training = False  # must set this True to train w/ the logits of both branches
         self.reset_classifier(num_classes)
@@ -629,8 +657,8 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
         the stages `indices`, and the selections of each stage."""
         check_input_size(x, self.img_size)
         if not self.training:
-            # faster convolutions whose output is a sequence of tokens without a copy; batch statistics, though, are
-            # less exact in this format
+            # faster convolutions on a CPU, whose output is a sequence of tokens without a copy; batch statistics,
+            # though, are less exact in this format
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.stem(x).flatten(2).transpose(1, 2)
         cls_token = self.cls_token
@@ -702,7 +730,7 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
             first += len(stage.blocks)
         return found
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False):
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> Union[torch.Tensor, Tuple[Any, Any]]:
         """Tokens (B, 1 + n, C) to logits (B, num_classes).
 
         In training mode with an assisted class token, even samples of the batch are answered by the averaged-patch
@@ -743,7 +771,7 @@ def _create_evo_levit(
         variant,
         pretrained,
         pretrained_cfg=cfg,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True)),
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )

@@ -26,39 +26,47 @@ M = TypeVar('M', bound=nn.Module)
 class EvoAttention(Attention):
     """timm's Attention, which can also return class attention."""
 
-    def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Self-attention and, beside it, class attention.
-
+    def forward(self, x: torch.Tensor, class_attention: bool = False):  # TorchScript infers the return type
+        """
         Args:
             x: Tokens (B, N, C), the class token first.
-
-        Returns:
-            Output (B, N, C), class attention over all tokens (B, N).
+            class_attention: Return class attention over all tokens, (B, N), beside the output (B, N, C).
         """
+        if class_attention and not torch.jit.is_scripting():
+            return self.forward_class_attention(x)
+        return self._attend(x)[0]
+
+    def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The same, with class attention, for TorchScript."""
+        x, q, k = self._attend(x)
+        return x, evolution.class_attention(q, k, self.scale)
+
+    def _attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output (B, N, C), queries and keys (B, heads, N, d)."""
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        row = evolution.class_attention(q, k, self.scale)
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
         else:
             x = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-        x = self.norm(x.transpose(1, 2).reshape(B, N, -1))
-        return self.proj_drop(self.proj(x)), row
+        x = self.norm(x.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim))
+        return self.proj_drop(self.proj(x)), q, k
 
 
 class EvoBlock(Block):
     """timm's Block, which can also return the class attention of its attention layer."""
 
-    def forward(self, x: torch.Tensor, class_attention: bool = False):
+    def forward(self, x: torch.Tensor, class_attention: bool = False):  # TorchScript infers the return type
         """
         Args:
             x: Tokens (B, N, C), the class token first.
             class_attention: Return class attention over all tokens, (B, N), beside the tokens.
         """
-        if class_attention and not torch.jit.is_scripting():
-            return self.forward_class_attention(x)
-        return self._residual(x, self.attn(self.norm1(x)))
+        if torch.jit.is_scripting() or not class_attention:
+            return self._residual(x, self.attn(self.norm1(x)))
+        attn, row = self.attn(self.norm1(x), class_attention=True)
+        return self._residual(x, attn), row
 
     def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """The same, with class attention, for TorchScript."""
@@ -68,6 +76,16 @@ class EvoBlock(Block):
     def _residual(self, x: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
         x = x + self.drop_path1(self.ls1(attn))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+@torch.fx.wrap
+def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
+    """
+    Raises:
+        ValueError: There is a mask.
+    """
+    if attn_mask is not None or is_causal:
+        raise ValueError('attn_mask and is_causal are not supported: a mask cannot follow the selected tokens.')
 
 
 class Evolving(nn.Module):
@@ -86,9 +104,9 @@ class Evolving(nn.Module):
             representative_token: bool,
     ) -> None:
         """Check the arguments and make the blocks of the dense model, which must be of type EvoBlock, evolve."""
-        depth, built = len(self.blocks), len(self.feature_info)  # features_only may have pruned blocks since
+        depth = len(self.feature_info)  # as built; features_only may have pruned blocks since
         if stages is None:
-            stages = [s for s in sorted({built // 3, 2 * built // 3} - {0}) if s < depth]
+            stages = sorted({depth // 3, 2 * depth // 3} - {0})
         self.stages = evolution.check_stages(stages, depth)
         if tradeoff is None:
             first = self.stages[0] if self.stages else depth
@@ -96,6 +114,8 @@ class Evolving(nn.Module):
         self.tradeoff = evolution.check_tradeoff(tradeoff, depth)
         self.selection = evolution.check_selection(selection)
         self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
+        evolution.check_flag('representative_token', representative_token)
+        self._cut()
         self.blocks = evolution.EvolvingSequential(
             *self.blocks,
             schedule=self._schedule(),
@@ -103,6 +123,13 @@ class Evolving(nn.Module):
             num_prefix_tokens=self.num_prefix_tokens,
             representative_token=representative_token,
         )
+
+    def _cut(self) -> None:
+        """Forget what is said of blocks that are no longer there."""
+        depth = len(self.blocks)
+        self.stages = tuple(s for s in self.stages if s < depth)
+        self.keep_ratio = self.keep_ratio[:len(self.stages)]
+        self.tradeoff = self.tradeoff[:depth]
 
     def _schedule(self) -> evolution.Schedule:
         selection = 'layer' if self.layerwise_phase else self.selection
@@ -137,18 +164,25 @@ class Evolving(nn.Module):
             prune_head: bool = True,
     ) -> List[int]:
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        depth = len(self.blocks)
-        self.stages = tuple(s for s in self.stages if s < depth)
-        self.keep_ratio = self.keep_ratio[:len(self.stages)]
-        self.tradeoff = self.tradeoff[:depth]
+        self._cut()
         self._set_schedule()
         return take_indices
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Image (B, in_chans, H, W) to tokens (B, N, C), the patch grid complete and in raster order."""
+    def forward_features(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Image (B, in_chans, H, W) to tokens (B, N, C), the patch grid complete and in raster order.
+
+        Raises:
+            ValueError: There is a mask.
+        """
+        check_no_mask(attn_mask, is_causal)
         return self.norm(self.blocks(self._embed(x)))
 
     def forward_intermediates(
@@ -181,8 +215,7 @@ class Evolving(nn.Module):
         Raises:
             ValueError: There is a mask.
         """
-        if attn_mask is not None or is_causal:
-            raise ValueError('attn_mask and is_causal are not supported: a mask cannot follow the selected tokens.')
+        check_no_mask(attn_mask, is_causal)
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
@@ -198,7 +231,7 @@ class Evolving(nn.Module):
         intermediates = [y[:, self.num_prefix_tokens:] for y in intermediates]
         if output_fmt == 'NCHW':
             H, W = self.patch_embed.dynamic_feat_size((height, width))
-            intermediates = [y.reshape(y.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous() for y in intermediates]
+            intermediates = [y.unflatten(1, (H, W)).permute(0, 3, 1, 2).contiguous() for y in intermediates]
 
         if output_dict:
             output: Dict[str, Any] = {'image_intermediates': intermediates}
@@ -219,8 +252,13 @@ class Evolving(nn.Module):
         grid_size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         return [(s, grid_size) for s in self.blocks.evolve(self._embed(x), None, None, [])[3]]
 
-    def forward(self, x: torch.Tensor):
-        return self.forward_head(self.forward_features(x))
+    def forward(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+        return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
 
 class EvolvedVisionTransformer(Evolving, VisionTransformer):
@@ -238,9 +276,10 @@ _evolved = {
 
 
 def _share(module: nn.Module, cls: Type[M]) -> M:
-    """A module of class `cls` that has all that `module` has: the same parameters, buffers and modules."""
+    """A module of class `cls` that has all that `module` has: the same parameters and buffers, the same in its modules."""
     shared = cls.__new__(cls)
     shared.__dict__.update((k, v.copy() if isinstance(v, dict) else v) for k, v in module.__dict__.items())
+    shared._modules.update((k, _share(m, type(m))) for k, m in module._modules.items() if m is not None)
     return shared
 
 
@@ -268,8 +307,10 @@ def evolve(
 ) -> nn.Module:
     """Make a Vision Transformer of timm faster by slow-fast token evolution, without training.
 
-    The evolving model and the one given hold the same parameters and modules, under the same names; its readout stays
-    what it is. The one given stays dense. `set_keep_ratio` of the evolving model trades accuracy for speed.
+    The evolving model and the one given hold the same parameters and buffers, under the same names: training, casting
+    or moving one does that to the weights of both. Its readout stays what it is. The one given stays dense, and in the
+    mode, training or evaluation, that it is in. `set_keep_ratio` of the evolving model trades accuracy for speed; it is
+    `evolved.model.set_keep_ratio` behind `features_only=True`.
 
     Args:
         model: Built VisionTransformer or VisionTransformerDistilled with a class token, or either in the wrapper that

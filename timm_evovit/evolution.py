@@ -78,6 +78,17 @@ def check_selection(value: str) -> str:
     return value
 
 
+def check_flag(name: str, value: bool) -> bool:
+    """A switch, which `--model-kwargs assisted_cls=false` is not: that is a string, and no empty one.
+
+    Raises:
+        TypeError: Neither True nor False.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f'{name} must be True or False, got {value!r}.')
+    return value
+
+
 class Schedule(NamedTuple):
     """Where a sequence of blocks selects tokens and where it tracks global class attention.
 
@@ -233,10 +244,10 @@ def restore(held: Held, slow: torch.Tensor) -> torch.Tensor:
     x = held.x
     B, N, C = x.shape
     representative = held.representative
-    if representative is not None:
-        x = x + (slow[:, -1:] - representative)
-        slow = slow[:, :-1]
-    return x.flatten(0, 1).index_copy(0, held.rows, slow.flatten(0, 1)).view(B, N, C)
+    if representative is None:
+        return x.flatten(0, 1).index_copy(0, held.rows, slow.flatten(0, 1)).view(B, N, C)
+    x = x + (slow[:, -1:] - representative)
+    return x.flatten(0, 1).index_copy_(0, held.rows, slow[:, :-1].flatten(0, 1)).view(B, N, C)
 
 
 @torch.fx.wrap
@@ -287,7 +298,8 @@ class EvolvingSequential(nn.Sequential):
         if not isinstance(idx, slice):
             return super().__getitem__(idx)
         blocks = list(self)[idx]
-        if idx != slice(None, idx.stop):
+        start, _, step = idx.indices(len(self))
+        if start or step != 1:
             return nn.Sequential(*blocks)
         part = EvolvingSequential(
             *blocks,

@@ -144,7 +144,8 @@ class LayerToStage(nn.Module):
         if self.epochs_started is None:
             state_dict.pop(key, None)
         else:
-            state_dict.setdefault(key, self.epochs_started)
+            count = self.epochs_started
+            state_dict.setdefault(key, torch.zeros((), dtype=torch.int64) if count.is_meta else count)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._update_phase()
 
@@ -159,5 +160,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-        if isinstance(model, LayerToStage):
-            model._update_phase()
+        for module in modes:
+            if isinstance(module, LayerToStage):
+                module._update_phase()
