@@ -70,6 +70,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         kind, name, rest = split(spec)
         if kind == 'file' and not Path(name).is_file():
             parser.error(f'{spec}: there is no file {name}')
+        if kind == 'file' and not rest:
+            parser.error(f'{spec}: name the function as well, {name}:FUNCTION')
         if kind != 'file' and not timm.is_model(name):
             parser.error(f'{spec}: unknown to timm, and neither tome:NAME:R nor FILE.py:FUNCTION')
         if kind == 'tome' and not rest.isdecimal():

@@ -11,6 +11,7 @@ quantisation of the matrix products). Writes these and `result.json` to --output
 """
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -159,7 +160,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     runs: Dict[Tuple[str, str], Callable[[torch.Tensor], torch.Tensor]] = {}
     checks = {}
     for name, model in models.items():
-        path, size = args.output / f'{name}.onnx', image_size(model)
+        # hf-hub:ORG/NAME and local-dir:FOLDER are names of models too
+        path, size = args.output / f"{re.sub(r'[^-.0-9A-Za-z]+', '_', name)}.onnx", image_size(model)
         export(model, size, path)
         checks[name] = check(model, size, path)
         print(f'{path}: {path.stat().st_size / 1e6:.1f} MB, batches of {BATCHES}: logits within {checks[name].error:.1e}'
