@@ -154,6 +154,25 @@ def test_the_published_sizes(tmp_path, capsys):
     assert loaded.global_pool == 'avg' and '72.0' in loaded.pretrained_cfg['notes'][0]
     assert '72.0 %' in (tmp_path / 'out' / 'README.md').read_text()
 
+    torch.save(model.state_dict(), tmp_path / 'b.pth')  # by timm's names: nobody knows whose weights these are
+    assert run(capsys, 'evo_deit_tiny', tmp_path / 'b.pth', '--output', tmp_path / 'own')[0] == 0
+    card = (tmp_path / 'own' / 'README.md').read_text()
+    assert '72.0' not in card and 'license: unknown' in card and "authors' implementation" not in card
+    assert 'notes' not in timm.create_model(f'local-dir:{tmp_path / "own"}').pretrained_cfg
+
+
+def test_an_upload_that_fails_leaves_what_can_be_uploaded(deit, tmp_path, capsys, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError('no route to the Hub')
+
+    monkeypatch.setattr(timm.models, 'push_to_hf_hub', unreachable)
+    assert main([
+        'convert', 'evo_deit_tiny', str(deit[1]), '--output', str(tmp_path / 'out'), '--model-kwargs', *TINY,
+        '--push-to-hub', 'a/b']) == 1
+    out = capsys.readouterr().err
+    assert 'a/b was not uploaded: no route to the Hub' in out and f'{tmp_path / "out"} is complete' in out
+    same(deit[0], timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True))
+
 
 def test_a_checkpoint_of_timms_train_script(deit, tmp_path, capsys):
     model, _ = deit
@@ -250,6 +269,7 @@ def test_other_weights_are_refused(deit, tmp_path, capsys):
         status, out = run(capsys, 'evo_deit_tiny', path, '--output', tmp_path / 'out', '--model-kwargs', *TINY)
         assert status == 1 and message in out
     assert 'model_ema' in run(capsys, 'evo_deit_tiny', path, '--output', tmp_path / 'out', '--use-ema')[1]
+    assert 'bad name' in run(capsys, 'evo_deit_tiny', path, '--output', tmp_path / 'out', '--push-to-hub', 'bad name')[1]
     for missing in ('nothing.pth', '.'):
         assert run(capsys, 'evo_deit_tiny', tmp_path / missing, '--output', tmp_path / 'out')[0] == 1
 
@@ -340,6 +360,9 @@ def test_download(deit, drive, tmp_path, capsys):
     assert len(resumed) == 1 and 1_000_000 < resumed[0] <= len(content) // 2
     same(model, timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True))
     drive.requests.clear()
+    checkpoint.pop('model_ema')
+    torch.save(checkpoint, tmp_path / 'hub' / 'checkpoints' / 'evo_deit_tiny_patch16_224.evovit_in1k.pth')
+    assert run(capsys, 'evo_deit_tiny', '--output', tmp_path / 'ema', *args, '--use-ema')[0] == 1
     assert run(capsys, 'evo_deit_tiny_patch16_224', '--output', tmp_path / 'again', *args)[0] == 0
     assert not drive.requests
 

@@ -315,7 +315,6 @@ def test_benchmark(tmp_path):
     assert all(r['peak_memory'] > 3 * r['params'] for r in report['models'].values())  # weights alone are 4 bytes each
 
 
-@pytest.mark.parametrize('extra', ['--reparam', '--train'])
 def test_benchmark_compiles_casts_and_merges(tmp_path):
     """With a stand-in for the package tome, which is on no index."""
     path = tmp_path / 'figures.json'
@@ -335,6 +334,7 @@ def test_benchmark_compiles_casts_and_merges(tmp_path):
     assert report['settings']['dtype'] == 'bfloat16' and report['settings']['compile'] == 'default'
 
 
+@pytest.mark.parametrize('extra', ['--reparam', '--train'])
 def test_benchmark_folds_and_trains(tmp_path, extra):
     path = tmp_path / 'figures.json'
     run(

@@ -1,4 +1,6 @@
 """Pictures of informative tokens."""
+from unittest import mock
+
 import numpy as np
 import pytest
 import timm
@@ -6,8 +8,10 @@ import torch
 from PIL import Image
 from test_evo_deit import build as build_deit
 from test_evo_levit import build as build_levit
+from timm.data import ImageNetInfo
 
-from timm_evovit.visualize import InformativeTokens, draw, find_images, open_image, sheet, visualize
+from timm_evovit.visualize import (
+    InformativeTokens, _top5, draw, find_images, informative_tokens, open_image, sheet, visualize)
 
 GAP, TOP = 8, 26  # where the first panel begins
 
@@ -29,8 +33,11 @@ def test_finds_files_folders_and_patterns(tmp_path):
     assert [p.name for p in named][:2] == ['d.bmp', 'b.png'] and len(named) == 4
     assert find_images([tmp_path / 'notes.txt'])[0].name == 'notes.txt'  # who names a file means it
     for nothing in (tmp_path / 'x*.png', tmp_path / 'none.png'):
-        with pytest.raises(FileNotFoundError, match=nothing.name.replace('*', r'\*')):
-            find_images([nothing])
+        assert find_images([nothing]) == [nothing]  # to be missed when it is opened
+    (tmp_path / 'folder.png').mkdir()
+    with pytest.raises(FileNotFoundError, match='folder.png: no image there'):
+        find_images([tmp_path / 'folder.png'])
+    assert find_images([tmp_path], leave_out=tmp_path / 'deep') == [tmp_path / 'a.jpg', tmp_path / 'b.png']
 
 
 @pytest.mark.parametrize('mode, suffix', [
@@ -49,7 +56,18 @@ def test_opens_every_mode(tmp_path, mode, suffix):
         expected = np.asarray(ramp().convert('L'), dtype=float)
         assert np.corrcoef(np.asarray(image.convert('L'), dtype=float).ravel(), expected.ravel())[0, 1] > 0.98
         assert np.asarray(image).std() > 10
+    if mode == 'I;16':
+        assert np.array_equal(image.convert('L'), np.round(np.asarray(ramp().convert('L')) * 200. / 257).astype(np.uint8))
     assert open_image(path, 'L').mode == 'L'
+
+
+def test_numbers_that_are_none(tmp_path):
+    values = np.linspace(2, 3, 12, dtype=np.float32).reshape(3, 4)
+    values[0, 1] = np.nan
+    values[2, 3] = np.inf
+    Image.fromarray(values).save(tmp_path / 'image.tiff')
+    grey = np.asarray(open_image(tmp_path / 'image.tiff', 'L'))
+    assert grey[0, 1] == grey[2, 3] == grey.min() == 0 and grey.max() == 255
 
 
 def test_transparent_is_white_and_turned_is_upright(tmp_path):
@@ -92,16 +110,22 @@ def test_fades_what_is_not_informative():
     build_deit(depth=6), build_levit(), build_deit(depth=6, img_size=(32, 48), in_chans=1),
     build_deit(depth=6).bfloat16(),
 ], ids=['deit', 'levit', 'grey, not square', 'bfloat16'])
-def test_draws_files_and_goes_on_after_bad_ones(tmp_path, model):
+def test_draws_files_and_goes_on_after_bad_ones(tmp_path, monkeypatch, model):
+    def bad_decoder():
+        raise RuntimeError('as the one of AVIF does')
+
     ramp().save(tmp_path / 'a.png')
     (tmp_path / 'bad.png').write_bytes(b'no picture')
     whole = (tmp_path / 'a.png').read_bytes()
     (tmp_path / 'cut.png').write_bytes(whole[:len(whole) // 2])
     ramp((400, 30)).save(tmp_path / 'z.jpg')
+    ramp((1, 20000)).save(tmp_path / 'thread.png')  # scaled by its short side it would be gigabytes
+    monkeypatch.setattr('timm_evovit.visualize.open_image', lambda path, mode: (
+        bad_decoder() if path.name == 'bad.png' else open_image(path, mode)))
     model.train()
     drawn = dict(visualize(model, find_images([tmp_path]), attention=True))
-    assert model.training and [p.name for p in drawn] == ['a.png', 'bad.png', 'cut.png', 'z.jpg']
-    assert [isinstance(d, OSError) for d in drawn.values()] == [False, True, True, False]
+    assert model.training and [p.name for p in drawn] == ['a.png', 'bad.png', 'cut.png', 'thread.png', 'z.jpg']
+    assert [isinstance(d, OSError) for d in drawn.values()] == [False, True, True, False, False]
     assert drawn[tmp_path / 'a.png'].size == drawn[tmp_path / 'z.jpg'].size
     panels = 1 + 2 * (3 if hasattr(model, 'img_size') else 2)
     assert drawn[tmp_path / 'a.png'].width >= panels * (224 + GAP)
@@ -110,8 +134,19 @@ def test_draws_files_and_goes_on_after_bad_ones(tmp_path, model):
 def test_names_imagenet_classes_only_where_there_are_a_thousand(tmp_path):
     ramp().save(tmp_path / 'a.png')
     few, many = build_deit(depth=3), build_deit(depth=3, num_classes=1000)
-    (_, short), (_, long) = *visualize(few, [tmp_path / 'a.png']), *visualize(many, [tmp_path / 'a.png'])
-    assert long.height > short.height
+    captions = []
+    for model, kwargs in ((few, {}), (many, {}), (many, dict(classes=False))):
+        with mock.patch('timm_evovit.visualize.draw', lambda pixels, tokens, attention, caption: captions.append(caption)):
+            list(visualize(model, [tmp_path / 'a.png'], **kwargs))
+    assert captions[0] == captions[2] == 'a.png' and captions[1].startswith('a.png   ')
+    assert captions[1].count('%') == 5
+    logits = torch.full((1000,), -100.)
+    logits[[281, 207, 949, 0, 999]] = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()
+    assert _top5(logits, ImageNetInfo()) == (
+        'tabby 40.0%   golden retriever 30.0%   strawberry 15.0%   tench 10.0%   toilet tissue 5.0%')
+    tokens = informative_tokens(few, torch.zeros(1, 3, 32, 32))
+    one = [InformativeTokens(t.block, t.mask[0], t.attention[0]) for t in tokens[:1]]
+    assert draw(torch.rand(3, 8, 8), one, caption='a line that is longer than both panels ' * 5).width > 1000
 
 
 class Runs:
@@ -147,14 +182,25 @@ def test_command(tmp_path, capsys):
         assert main([*command, str(tmp_path / file), '--output', str(tmp_path / 'none'), *tail]) == 1
         assert message in capsys.readouterr().err and not (tmp_path / 'none').exists()
 
+    ten = ['--model', 'evo_deit_tiny', '--checkpoint', str(tmp_path / 'model.pth')]  # says itself how many classes it has
+    assert main(['visualize', str(tmp_path / 'y.jpg'), *ten, '--output', str(tmp_path / 'again'), *tail]) == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / 'again' / 'y.png')), np.asarray(expected))
+    before = (tmp_path / 'y.jpg').read_bytes()
+    assert main(['visualize', str(tmp_path / 'y.jpg'), *ten, '--output', str(tmp_path), *tail]) == 1
+    assert f'y.jpg is in {tmp_path}' in capsys.readouterr().err and (tmp_path / 'y.jpg').read_bytes() == before
+
     (tmp_path / 'a' / 'bad.png').write_bytes(b'no picture')
     assert main(['visualize', *images, *common, '--output', str(tmp_path / 'out2'), *tail]) == 1
     assert 'bad.png is skipped' in capsys.readouterr().err and len(list((tmp_path / 'out2').iterdir())) == 4
-    assert main(['visualize', 'nowhere*', *common, '--output', str(tmp_path / 'out3'), *tail]) == 1
-    assert 'nowhere*: no image there' in capsys.readouterr().err and not (tmp_path / 'out3').exists()
+    assert main(['visualize', 'nowhere*', *images, *common, '--output', str(tmp_path / 'out3'), *tail]) == 1
+    assert 'nowhere* is skipped' in capsys.readouterr().err and len(list((tmp_path / 'out3').iterdir())) == 4
     assert main([
         'visualize', str(tmp_path / 'y.jpg'), '--model', 'vit_tiny_patch16_224', '--output', str(tmp_path / 'out4'),
-        '--model-kwargs', *small]) == 0
-    assert Image.open(tmp_path / 'out4' / 'y.png').width == 3 * 224 + 4 * GAP  # two selections of the default stages
+        '--attention', '--model-kwargs', *small]) == 0
+    assert 'the weights are random' in capsys.readouterr().err
+    assert Image.open(tmp_path / 'out4' / 'y.png').width == 5 * 224 + 6 * GAP  # two selections of the default stages
+    for model_kwargs, message in (('global_pool=foo', 'timm-evovit: '), ('keep_ratio=2', 'keep_ratio must lie in')):
+        assert main(['visualize', *images, *common, '--output', str(tmp_path / 'out5'), *tail, model_kwargs]) == 1
+        assert message in capsys.readouterr().err
     assert main(['visualize', *images, '--model', 'resnet10t', '--output', str(tmp_path / 'out3')]) == 1
     assert 'got ResNet' in capsys.readouterr().err

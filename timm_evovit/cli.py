@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import List, Optional
 
 import timm
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from timm.utils import ParseKwargs
 from tqdm import tqdm
 
-from .convert import convert, read_weights, upload
+from .convert import convert, count_classes, read_checkpoint, select_weights, upload
 from .evo_vit import evolve
 from .visualize import find_images, sheet, visualize
 
@@ -16,6 +18,8 @@ __all__ = ['main']
 
 
 def _convert(args: argparse.Namespace) -> int:
+    if args.push_to_hub:
+        validate_repo_id(args.push_to_hub)
     conversion = convert(args.model, args.checkpoint, args.output, args.use_ema, args.model_kwargs)
     print(conversion.report())
     if args.push_to_hub:
@@ -25,20 +29,30 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _visualize(args: argparse.Namespace) -> int:
-    paths = find_images(args.images)
+    paths = find_images(args.images, leave_out=args.output)
+    for path in paths:
+        if path.resolve().parent == args.output.resolve():
+            raise ValueError(f'{path} is in {args.output}, where drawings are written to; name another --output.')
     kwargs = dict(args.model_kwargs)
     for key in ('img_size', 'num_classes'):
         if getattr(args, key) is not None:
             kwargs[key] = getattr(args, key)
     if args.checkpoint:
+        _, weights = select_weights(read_checkpoint(args.checkpoint), False, args.checkpoint)
+        if classes := count_classes(weights):
+            kwargs.setdefault('num_classes', classes)
         kwargs['pretrained_cfg_overlay'] = dict(
-            state_dict=read_weights(args.checkpoint)[1], source=None, num_classes=kwargs.get('num_classes', 1000))
-    model = timm.create_model(args.model, pretrained=args.pretrained or bool(args.checkpoint), **kwargs)
+            state_dict=weights, source=None, num_classes=kwargs.get('num_classes', 1000))
+    trained = args.pretrained or bool(args.checkpoint)
+    if not trained:
+        print('timm-evovit: the weights are random; --pretrained or --checkpoint give others', file=sys.stderr)
+    model = timm.create_model(args.model, pretrained=trained, **kwargs)
     model = (model if hasattr(model, 'forward_selections') else evolve(model)).to(args.device)
 
     args.output.mkdir(parents=True, exist_ok=True)
     drawings, unread, names = [], 0, {'sheet'}
-    for path, drawing in tqdm(visualize(model, paths, args.attention), total=len(paths), unit='image', disable=None):
+    for path, drawing in tqdm(
+            visualize(model, paths, args.attention, classes=trained), total=len(paths), unit='image', disable=None):
         if isinstance(drawing, OSError):
             tqdm.write(f'timm-evovit: {path} is skipped: {drawing}', file=sys.stderr)
             unread += 1
@@ -95,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--attention', action='store_true', help='draw the class attention behind each selection too')
     command.add_argument('--sheet', action='store_true', help='write all drawings one below the other to sheet.png')
     command.add_argument('--img-size', metavar='N', type=int, help="input size, the model's own by default")
-    command.add_argument('--num-classes', metavar='N', type=int, help="of the checkpoint, the model's own by default")
+    command.add_argument('--num-classes', metavar='N', type=int, help="the checkpoint's or the model's own by default")
     command.add_argument('--device', default='cpu')
     command.add_argument(
         '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='arguments of the model')
@@ -114,7 +128,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except (OSError, RuntimeError, TypeError, ValueError) as e:
+    except (AssertionError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
         print(f'timm-evovit: {e}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:

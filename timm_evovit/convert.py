@@ -3,6 +3,7 @@
 Nothing in a checkpoint is run: only tensors, plain Python values and `argparse.Namespace` are read from it.
 """
 import argparse
+import codecs
 import errno
 import hashlib
 import json
@@ -28,7 +29,9 @@ from .evo_deit import EvoVisionTransformer
 from .evo_levit import EvoLevit
 from .hub import DRIVE_FILE, PUBLISHED
 
-__all__ = ['Conversion', 'convert', 'download', 'read_checkpoint', 'read_weights', 'select_weights', 'upload']
+__all__ = [
+    'Conversion', 'DamagedFile', 'convert', 'count_classes', 'download', 'read_checkpoint', 'select_weights', 'upload',
+]
 
 CITATION = """@inproceedings{xu2022evo,
   title={Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer},
@@ -45,6 +48,10 @@ DROPPED = {  # beginnings of keys that a model may have no place for, and why it
     'tradeoff': 'the tradeoff is a fixed number',
     'epochs_started': 'epochs that the weights were trained for, a new training starts from none',
 }
+
+
+class DamagedFile(ValueError):
+    """Not a checkpoint, or not all of one."""
 
 
 class Conversion(NamedTuple):
@@ -71,21 +78,27 @@ class Conversion(NamedTuple):
 
 
 def read_checkpoint(path: Union[str, Path]) -> Any:
-    """Read what `torch.save` wrote, and run nothing of it.
+    """Read what `torch.save` or safetensors wrote, and run nothing of it.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no checkpoint, not a complete one, or holds a type that is not read.
+        DamagedFile: It is no checkpoint, or not a complete one.
+        ValueError: It holds a type that is not read.
     """
     with open(path, 'rb') as f:
-        start = f.read(1024).lstrip()
+        start = f.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
     size = os.path.getsize(path)
     if start[:1] == b'<':
         title = re.search(rb'<title>(.*?)</title>', start, re.IGNORECASE | re.DOTALL)
         title = f', "{title[1].decode(errors="replace").strip()}"' if title else ''
-        raise ValueError(
+        raise DamagedFile(
             f'{path} is a web page{title} and not a checkpoint. Google Drive sends one when a file was downloaded too '
             f'often: try again in a day, or download it in a browser.')
+    if Path(path).suffix == '.safetensors':
+        try:
+            return load_file(path)
+        except SafetensorError as e:
+            raise DamagedFile(f'{path} is not a safetensors file, or damaged: {e}') from e
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location='cpu', weights_only=True)
@@ -99,7 +112,7 @@ def read_checkpoint(path: Union[str, Path]) -> Any:
                 f'{path} holds {names}. Only tensors, plain Python values and argparse.Namespace are read from a '
                 f'checkpoint, anything else could run code.') from e
         # what PyTorch says of it recommends to load it without these checks
-        raise ValueError(
+        raise DamagedFile(
             f'{path} is not a PyTorch checkpoint, or damaged, or only the first part of one ({size} bytes): '
             f'download it again.') from e
 
@@ -156,28 +169,6 @@ def select_weights(checkpoint: Any, use_ema: bool, path: Union[str, Path]) -> Tu
     if other:
         raise ValueError(f'{entry!r} in {path} must hold tensors only, these are none: {listed(other)}.')
     return entry, clean_state_dict(weights)
-
-
-def read_weights(path: Union[str, Path], use_ema: bool = False) -> Tuple[str, Dict[str, torch.Tensor]]:
-    """Read the weights in a checkpoint or in a safetensors file, and run nothing of it.
-
-    Args:
-        path: File.
-        use_ema: Take the moving average of the weights.
-
-    Returns:
-        Name of the entry, '' for a file that holds nothing but weights, and the weights.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It holds no weights, is not complete, or holds a type that is not read.
-    """
-    if Path(path).suffix != '.safetensors':
-        return select_weights(read_checkpoint(path), use_ema, path)
-    try:
-        return select_weights(load_file(path), use_ema, path)
-    except SafetensorError as e:
-        raise ValueError(f'{path} is not a safetensors file, or damaged: {e}') from e
 
 
 def download(name: str) -> Path:
@@ -255,11 +246,17 @@ def _variant(name: str, model_kwargs: Dict[str, Any]) -> str:
     return model.pretrained_cfg['architecture']
 
 
+def count_classes(weights: Dict[str, torch.Tensor]) -> Optional[int]:
+    """Number of classes that weights under any naming tell apart, None if they have no head."""
+    names = ('head.weight', 'head.linear.weight', 'head.l.weight')
+    head = next((weights[k] for k in names if k in weights), None)
+    return None if head is None or head.ndim != 2 else head.shape[0]
+
+
 def _build(variant: str, weights: Dict[str, torch.Tensor], model_kwargs: Dict[str, Any]) -> nn.Module:
-    """The model that weights in timm's naming are of, with as many classes as they have."""
-    head = next((weights[k] for k in ('head.weight', 'head.linear.weight') if k in weights), None)
-    if head is not None and head.ndim == 2:
-        model_kwargs = {'num_classes': head.shape[0], **model_kwargs}
+    """The model that weights are of, with as many classes as they have."""
+    if classes := count_classes(weights):
+        model_kwargs = {'num_classes': classes, **model_kwargs}
     return timm.create_model(variant, pretrained_cfg='evovit_in1k' if variant in PUBLISHED else None, **model_kwargs)
 
 
@@ -307,15 +304,15 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _card(model: nn.Module, source: str, digest: str) -> Dict[str, Any]:
-    """Model card for timm's `generate_readme`."""
+def _card(model: nn.Module, source: str, digest: str, authors: bool) -> Dict[str, Any]:
+    """Model card for timm's `generate_readme`; only of the authors' weights is the licence known."""
     cfg = model.pretrained_cfg
     name = cfg['architecture']
     params = sum(p.numel() for p in model.parameters()) / 1e6
     return {
-        'license': cfg.get('license') or 'mit',
-        'description': f"Evo-ViT, slow-fast token evolution: {name}, converted by timm-evovit from a checkpoint of the "
-                       f"authors' implementation.",
+        'license': 'mit' if authors else 'unknown',
+        'description': f"Evo-ViT, slow-fast token evolution: {name}, converted by timm-evovit from a checkpoint of "
+                       + ("the authors' implementation." if authors else 'timm.'),
         'details': {
             'Model Type': 'Image classification / feature backbone',
             'Model Stats': [
@@ -352,7 +349,8 @@ def _write(model: nn.Module, card: Dict[str, Any], output: Path) -> int:
         config_path.write_text(json.dumps(config, indent=2), encoding='utf-8')
         (partial / 'README.md').write_text(generate_readme(card, output.name), encoding='utf-8')
         written = load_file(partial / 'model.safetensors')
-        if written.keys() != expected.keys() or not all(torch.equal(v, expected[k]) for k, v in written.items()):
+        if written.keys() != expected.keys() or not all(
+                torch.allclose(v, expected[k], rtol=0, atol=0, equal_nan=True) for k, v in written.items()):
             raise OSError('what was written reads back as something else')
         if output.exists():
             output.rmdir()  # an empty folder; replaced by renaming on some systems only
@@ -394,18 +392,20 @@ def convert(
     variant = _variant(name, model_kwargs)
     path = Path(checkpoint) if checkpoint is not None else download(variant)
     try:
-        entry, weights = read_weights(path, use_ema)
-    except ValueError:
+        content = read_checkpoint(path)
+    except DamagedFile:
         if checkpoint is None:
             path.unlink()  # or it would be found again
         raise
-    model = _build(variant, rename_authors(weights), model_kwargs)
+    entry, weights = select_weights(content, use_ema, path)
+    model = _build(variant, weights, model_kwargs)
     joined, dropped = _load(model, weights)
-    if use_ema or model_kwargs or model.num_classes != 1000:
+    authors = rename_authors(weights) is not weights
+    if use_ema or model_kwargs or model.num_classes != 1000 or not authors:
         model.pretrained_cfg.pop('notes', None)  # of the published weights
 
     source = f'{path.name} ({entry})' if entry else path.name
-    card = _card(model, source, _sha256(path))
+    card = _card(model, source, _sha256(path), authors)
     written = _write(model, card, output)
     return Conversion(model, output, card, source, len(weights), written, joined, dropped)
 
@@ -420,7 +420,12 @@ def upload(conversion: Conversion, repo_id: str) -> None:
     Raises:
         OSError: The Hub could not be reached or does not allow it.
     """
-    conversion.model.push_to_hf_hub(repo_id, model_card=conversion.card, safe_serialization=True)
-    HfApi().upload_file(  # the one that transformers reads too
-        path_or_fileobj=conversion.output / 'config.json', path_in_repo='config.json', repo_id=repo_id,
-        commit_message='Configuration for timm and transformers')
+    try:
+        conversion.model.push_to_hf_hub(repo_id, model_card=conversion.card, safe_serialization=True)
+        HfApi().upload_file(  # the one that transformers reads too
+            path_or_fileobj=conversion.output / 'config.json', path_in_repo='config.json', repo_id=repo_id,
+            commit_message='Configuration for timm and transformers')
+    except Exception as e:  # of several HTTP libraries
+        raise OSError(
+            f'{repo_id} was not uploaded: {e}\n{conversion.output} is complete, to try again: '
+            f"timm.create_model('local-dir:{conversion.output}', pretrained=True).push_to_hf_hub('{repo_id}')") from e

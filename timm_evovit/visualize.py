@@ -1,8 +1,9 @@
 """Which tokens were informative: masks, pictures."""
 import glob
+import math
 import os
 from pathlib import Path
-from typing import Iterable, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -60,28 +61,33 @@ def informative_tokens(model: nn.Module, images: torch.Tensor) -> List[Informati
     return found
 
 
-def find_images(names: Iterable[Union[str, os.PathLike]]) -> List[Path]:
+def find_images(
+        names: Iterable[Union[str, os.PathLike]],
+        leave_out: Optional[Union[str, os.PathLike]] = None,
+) -> List[Path]:
     """Files named directly, by a pattern, or by the folder that they are in, at any depth.
 
     Args:
-        names: Files, folders and glob patterns.
+        names: Files, folders and glob patterns. A name that is none of them is taken for a file, to be missed when it
+            is opened.
+        leave_out: Folder in which no folder or pattern finds anything, that of earlier drawings.
 
     Raises:
-        FileNotFoundError: A name is none of them, or matches no image.
+        FileNotFoundError: A folder holds no image.
     """
+    drawings = None if leave_out is None else Path(leave_out).resolve()
     extensions = {e for e, name in Image.registered_extensions().items() if name in Image.OPEN}
     paths: List[Path] = []
     for name in names:
-        path = Path(name)
+        path, found = Path(name), []
         if path.is_dir():
             found = sorted(p for p in path.rglob('*') if p.suffix.lower() in extensions)
-        elif path.exists():
-            found = [path]
-        else:
-            found = sorted(Path(p) for p in glob.glob(str(name), recursive=True) if os.path.isfile(p))
-        if not found:
+        elif not path.exists():
+            found = sorted(map(Path, glob.glob(str(name), recursive=True)))
+        found = [p for p in found if p.is_file() and drawings not in p.resolve().parents]
+        if path.is_dir() and not found:
             raise FileNotFoundError(f'{name}: no image there; give image files, folders of them or a pattern.')
-        paths += found
+        paths += found or [path]
     return list(dict.fromkeys(paths))
 
 
@@ -99,12 +105,23 @@ def open_image(path: Union[str, os.PathLike], mode: str = 'RGB') -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode == 'F' or image.mode.startswith('I'):  # PIL would clip more than 8 bits instead of scaling
             values = np.asarray(image, dtype=np.float64)
-            low, high = values.min(), values.max()
+            low, high = 0., 65535.
+            if not image.mode.startswith('I;16'):  # no range is agreed on for these
+                values = np.where(np.isfinite(values), values, np.nan)
+                values = np.nan_to_num(values, nan=np.nanmin(values))
+                low, high = values.min(), values.max()
             image = Image.fromarray(((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8))
         if 'A' in image.getbands() or 'transparency' in image.info:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
         return image.convert(mode)
+
+
+def _trim(image: Image.Image) -> Image.Image:
+    """The middle of a picture that is longer than it could be seen: transforms scale its short side to the input size."""
+    (width, height), side = image.size, 4 * min(image.size)
+    left, top = max(width - side, 0) // 2, max(height - side, 0) // 2
+    return image.crop((left, top, left + min(width, side), top + min(height, side)))
 
 
 def _upsample(grid: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
@@ -147,7 +164,7 @@ def draw(
             panels.append((f'attention before block {t.block}', 0.25 * pixels + 0.75 * colours))
     images = [(label, _to_image(p)) for label, p in panels]
     font = ImageFont.load_default(13)
-    width = sum(image.width + GAP for _, image in images) + GAP
+    width = max(sum(image.width + GAP for _, image in images) + GAP, math.ceil(font.getlength(caption)) + 2 * GAP)
     height = images[0][1].height + 2 * GAP + 18 * (2 if caption else 1)
     out = Image.new('RGB', (width, height), 'white')
     pen = ImageDraw.Draw(out)
@@ -183,15 +200,18 @@ def visualize(
         model: nn.Module,
         paths: Iterable[Union[str, os.PathLike]],
         attention: bool = False,
+        classes: bool = True,
 ) -> Iterator[Tuple[Path, Union[Image.Image, OSError]]]:
     """Draw what a model looks at in each of some image files.
 
-    Below stand the five most probable classes if there are a thousand, which are taken for ImageNet's.
+    Below stand the name of the file and the five most probable classes if there are a thousand, which are taken for
+    ImageNet's.
 
     Args:
         model: Evolving model of timm.
         paths: Image files.
         attention: Draw the class attention as well.
+        classes: Name the classes.
 
     Yields:
         File and drawing, or the error where a file cannot be read.
@@ -208,11 +228,11 @@ def visualize(
     transform = create_transform(**data)
     mean, std = (torch.tensor(data[k]).view(-1, 1, 1) for k in ('mean', 'std'))
     weight = next(model.parameters())
-    labels = ImageNetInfo() if model.num_classes == 1000 else None
+    labels = ImageNetInfo() if classes and model.num_classes == 1000 else None
     for path in map(Path, paths):
         try:
-            image = open_image(path, 'L' if model.in_chans == 1 else 'RGB')
-        except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as e:
+            image = _trim(open_image(path, 'L' if model.in_chans == 1 else 'RGB'))
+        except Exception as e:  # decoders raise errors of every kind
             yield path, e if isinstance(e, OSError) else OSError(str(e))
             continue
         x = transform(image)
@@ -221,8 +241,8 @@ def visualize(
             InformativeTokens(t.block, t.mask[0].cpu(), t.attention[0].float().cpu())
             for t in informative_tokens(model, batch)
         ]
-        caption = ''
+        caption = path.name
         if labels is not None:
             with evaluating(model):
-                caption = _top5(model(batch)[0], labels)
+                caption += '   ' + _top5(model(batch)[0], labels)
         yield path, draw((x * std + mean).clamp(0, 1).expand(3, -1, -1), tokens, attention, caption)
