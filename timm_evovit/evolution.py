@@ -162,10 +162,11 @@ def class_attention(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Ten
     Returns:
         (B, N), in float32 at least: selection needs to tell close scores apart.
     """
-    scores = (q[:, :, :1] * scale) @ k.transpose(-2, -1)
+    # keys first: where they are a part of a projection they are copied, by rows, which is several times faster on a CPU
+    scores = (k @ (q[:, :, :1] * scale).transpose(-2, -1)).squeeze(-1)
     if scores.dtype != torch.float64:
         scores = scores.float()
-    return scores.softmax(dim=-1).mean(dim=1).squeeze(1)
+    return scores.softmax(dim=-1).mean(dim=1)
 
 
 @torch.fx.wrap
