@@ -28,7 +28,7 @@ TRAIN_PY = {  # arguments of train.py that a recipe may set
     'smoothing', 'task_loss_weight', 'train_interpolation', 'warmup_epochs', 'warmup_lr', 'weight_decay'}
 SMALL = ['img_size=32', 'patch_size=4', 'embed_dim=48', 'num_heads=3', 'depth=6']
 LEARN = [  # what makes such a model learn something in four epochs
-    '--opt', 'adamw', '--lr', 2e-3, '-b', 16, '--scale', 0.8, 1, '--hflip', 0, '--warmup-epochs', 0]
+    '--opt', 'adamw', '--lr', 1e-3, '-b', 16, '--scale', 0.8, 1, '--hflip', 0, '--warmup-epochs', 0]
 
 
 def run(script, *args, cwd, **env):
@@ -66,7 +66,7 @@ def test_train_validate_resume(digits, tmp_path, extra):
     with open(tmp_path / 'run' / 'summary.csv') as f:
         rows = list(csv.DictReader(f))
     assert [row['epoch'] for row in rows] == ['0', '1', '2', '3']
-    assert float(rows[3]['train_loss']) < float(rows[0]['train_loss']) - 0.03
+    assert float(rows[3]['train_loss']) < float(rows[0]['train_loss']) - 0.1
     log = run(REPO / 'validate.py', *common, '--checkpoint', checkpoint, cwd=tmp_path)
     top1 = float(re.search(r'\* Acc@1 ([\d.]+)', log).group(1))
     assert top1 == pytest.approx(float(rows[3]['eval_top1']), abs=0.01)
