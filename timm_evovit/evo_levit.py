@@ -467,10 +467,11 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
         depth, num_heads, attn_ratio, mlp_ratio = (
             per_stage(name, value, num_stages) for name, value in (
                 ('depth', depth), ('num_heads', num_heads), ('attn_ratio', attn_ratio), ('mlp_ratio', mlp_ratio)))
-        if not 0 < key_dim <= min(embed_dim[:-1], default=key_dim):
+        narrowest = min(embed_dim[:-1] or embed_dim)
+        if not 0 < key_dim <= narrowest:
             raise ValueError(
-                f'key_dim must be 1 .. {min(embed_dim[:-1])} for downsampling attentions of embed_dim // key_dim '
-                f'heads, got {key_dim!r}.')
+                f'key_dim must be 1 .. {narrowest} for downsampling attentions of embed_dim // key_dim heads, got '
+                f'{key_dim!r}.')
         evolution.check_flag('representative_token', representative_token)
         keep_ratio = evolution.check_keep_ratio(keep_ratio, num_stages)
         fixed_tradeoff = check_tradeoff(tradeoff)
