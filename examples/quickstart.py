@@ -96,8 +96,8 @@ class Run:
     def __init__(self, name: str, model_args: Dict[str, Any], updates_per_epoch: int, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.name = name
-        self.model = timm.create_model(
-            name, pretrained_cfg_overlay=dict(mean=MEAN, std=STD, crop_pct=1.0), **model_args).to(args.device)
+        cfg = dict(input_size=(3, model_args['img_size'], model_args['img_size']), mean=MEAN, std=STD, crop_pct=1.0)
+        self.model = timm.create_model(name, pretrained_cfg_overlay=cfg, **model_args).to(args.device)
         criterion: torch.nn.Module = LabelSmoothingCrossEntropy(0.1)
         if hasattr(self.model, 'set_assisted_training'):  # the paper's loss: one for the patches, one for the class token
             self.model.set_assisted_training()
