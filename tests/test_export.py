@@ -12,6 +12,7 @@ from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounter
 
 from timm_evovit import evolve, informative_tokens
+from timm_evovit.visualize import InformativeTokens
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'examples'))
 import export_onnx  # noqa: E402
@@ -102,6 +103,20 @@ def test_check_finds_another_model(tmp_path):
     model.set_keep_ratio(1)
     with pytest.raises(RuntimeError, match='selects tokens 2 times, the model 0 times'):
         export_onnx.check(model, size, path)
+
+
+def test_rounding_may_decide_between_patches_that_tie():
+    mask = torch.tensor([[[True, True], [False, False]]]).repeat(3, 1, 1)
+    attention = torch.tensor([[[0.4, 0.2], [0.2 * (1 - 1e-6), 0.1]]]).repeat(3, 1, 1)
+    tokens = [InformativeTokens(1, mask, attention)] * 2
+    same, tie, other = [1, 0], [0, 2], [0, 3]
+    for kept, differing, tied in (
+            ([[same, same, same]] * 2, 0, [False, False, False]),
+            ([[same, tie, same], [same, other, same]], 0, [False, True, False]),
+            ([[same, tie, other], [other, same, same]], 2, [False, True, False]),
+    ):
+        found = export_onnx.compare_tokens(tokens, [np.array(k) for k in kept], 3)
+        assert (found[0], found[1].tolist()) == (differing, tied)
 
 
 def test_int8_is_close(tmp_path):
