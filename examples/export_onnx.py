@@ -142,7 +142,7 @@ def check(model: torch.nn.Module, size: Tuple[int, ...], path: Path) -> Check:
     """Compare an exported file with the model that it was made of.
 
     Raises:
-        RuntimeError: Logits differ by more than TOLERANCE, or informative tokens differ.
+        RuntimeError: Logits differ by more than TOLERANCE, informative tokens differ, or they tie in every image.
     """
     run = session(with_selections(path))
     evolves = hasattr(model, 'set_keep_ratio')
@@ -157,11 +157,11 @@ def check(model: torch.nn.Module, size: Tuple[int, ...], path: Path) -> Check:
         unlike, left_out = compare_tokens(tokens, kept, batch)
         selections, differing, tied = selections + len(kept), differing + unlike, tied + int(left_out.sum())
         apart = (torch.from_numpy(logits) - expected).abs().amax(dim=1)[~left_out]
-        error = max(error, *(apart / expected.abs().max()).tolist())
+        error = max([error, *(apart / expected.abs().max()).tolist()])
     if error > TOLERANCE or differing:
         raise RuntimeError(f'{path}: logits differ by {error:.1e}, tokens in {differing} of {selections} selections.')
     if tied == sum(BATCHES):
-        raise RuntimeError(f'{path}: in every image patches have the same class attention, there is nothing to compare.')
+        raise RuntimeError(f'{path}: in every image patches tie in class attention, there is nothing to compare.')
     return Check(error, selections, differing, tied)
 
 

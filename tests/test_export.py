@@ -86,7 +86,7 @@ def test_onnx(name, dynamo, tmp_path):
                 m.flatten().nonzero().flatten().tolist() for m in t.mask]
 
 
-def test_check_finds_another_model(tmp_path):
+def test_check_finds_another_model(tmp_path, monkeypatch):
     model, path = build('deit'), tmp_path / 'model.onnx'
     size = export_onnx.image_size(model)
     export_onnx.export(model, size, path)
@@ -100,6 +100,10 @@ def test_check_finds_another_model(tmp_path):
         model.blocks[0].attn.qkv.weight.view(3, -1)[1].mul_(-1)  # keys alone: queries as well would change nothing
     with pytest.raises(RuntimeError, match=r'tokens in [1-6] of 6 selections'):
         export_onnx.check(model, size, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(export_onnx, 'TIE', math.inf)  # whatever differs is a tie
+        with pytest.raises(RuntimeError, match='in every image'):
+            export_onnx.check(model, size, path)
     model.set_keep_ratio(1)
     with pytest.raises(RuntimeError, match='selects tokens 2 times, the model 0 times'):
         export_onnx.check(model, size, path)
