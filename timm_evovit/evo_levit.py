@@ -97,13 +97,21 @@ def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     return x.reshape(B, N, num_heads, C // num_heads).transpose(1, 2).contiguous()
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention of queries (B, heads, M, d) over keys (B, heads, N, d) and values (B, heads, N, e): (B, M, heads * e).
+def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Attention of queries (B, heads, M, d) over keys (B, heads, N, d) and values (B, heads, N, e).
 
     Written out: where e differs from d, scaled_dot_product_attention is slower on a CPU.
+
+    Returns:
+        (B, M, heads * e) and scaled dot products (B, heads, M, N).
     """
-    attn = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)
-    return (attn @ v).transpose(1, 2).flatten(2)
+    scores = q * scale @ k.transpose(-2, -1)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2), scores
 
 
 class EvoLevitAttention(nn.Module):
@@ -132,11 +140,6 @@ class EvoLevitAttention(nn.Module):
             ('ln', LinearNorm(num_heads * self.val_dim, dim, bn_weight_init=0, **dd)),
         ]))
 
-    def _qkv(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = split_heads(self.qkv(x), self.num_heads)
-        q, k, v = x.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
-        return q, k, v
-
     def forward(self, x: torch.Tensor, class_attention: bool = False):  # TorchScript infers the return type
         """
         Args:
@@ -145,13 +148,18 @@ class EvoLevitAttention(nn.Module):
         """
         if class_attention and not torch.jit.is_scripting():
             return self.forward_class_attention(x)
-        q, k, v = self._qkv(x)
-        return self.proj(attend(q, k, v, self.scale))
+        return self._attend(x)[0]
 
     def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """The same, with class attention, for TorchScript."""
-        q, k, v = self._qkv(x)
-        return self.proj(attend(q, k, v, self.scale)), evolution.class_attention(q, k, self.scale)
+        x, scores = self._attend(x)
+        return x, evolution.class_attention(scores[:, :, 0])
+
+    def _attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Output (B, N, C) and scaled dot products (B, heads, N, N)."""
+        q, k, v = split_heads(self.qkv(x), self.num_heads).split([self.key_dim, self.key_dim, self.val_dim], dim=3)
+        x, scores = attend(q, k, v, self.scale)
+        return self.proj(x), scores
 
 
 class EvoLevitAttentionDownsample(nn.Module):
@@ -211,11 +219,12 @@ class EvoLevitAttentionDownsample(nn.Module):
         k, v = split_heads(self.kv(x), self.num_heads).split([self.key_dim, self.val_dim], dim=3)
         q = self.q(torch.cat([x[:, :1], subsample(x[:, 1:], self.grid_size)], dim=1))
         q = split_heads(q, self.num_heads)
-        x = self.proj(attend(q, k, v, self.scale))
+        x, scores = attend(q, k, v, self.scale)
+        x = self.proj(x)
         if not self.live:
             return x, None
 
-        row = evolution.class_attention(q, k, self.scale)[:, 1:]
+        row = evolution.class_attention(scores[:, :, 0])[:, 1:]
         if attention is None:
             return x, subsample(row.unsqueeze(2), self.grid_size).squeeze(2)
         total = attention.sum(dim=1, keepdim=True)

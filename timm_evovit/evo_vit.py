@@ -39,7 +39,7 @@ class EvoAttention(Attention):
     def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """The same, with class attention, for TorchScript."""
         x, q, k = self._attend(x)
-        return x, evolution.class_attention(q, k, self.scale)
+        return x, evolution.class_attention(evolution.class_scores(q, k, self.scale))
 
     def _attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output (B, N, C), queries and keys (B, heads, N, d)."""

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from timm.models import checkpoint
 
-__all__ = ['EvolvingSequential', 'Held', 'Schedule', 'Selection', 'class_attention', 'mix', 'restore', 'select']
+__all__ = [
+    'EvolvingSequential', 'Held', 'Schedule', 'Selection', 'class_attention', 'class_scores', 'mix', 'restore', 'select',
+]
 
 
 def _fractions(name: str, value: Any, count: int, per: str, zero: bool = False) -> Tuple[float, ...]:
@@ -138,7 +140,7 @@ class Held(NamedTuple):
     """What a stage sets aside until its end."""
     x: torch.Tensor  # (B, N, C) the complete sequence as it was when the stage began
     attention: torch.Tensor  # (B, n) global class attention at that moment
-    kept: torch.Tensor  # (B, K) raster indices of the informative patches
+    kept: torch.Tensor  # (B, K) raster indices of the informative patches, in no order
     rows: torch.Tensor  # (B * (P + K),) rows of x.flatten(0, 1) that hold the slow tokens
     representative: Optional[torch.Tensor]  # (B, 1, C) representative token before its slow update
 
@@ -146,13 +148,12 @@ class Held(NamedTuple):
 class Selection(NamedTuple):
     """One token selection."""
     block: int  # the first block that runs on the informative tokens only
-    kept: torch.Tensor  # (B, K) raster indices of the informative patches, best first
+    kept: torch.Tensor  # (B, K) raster indices of the informative patches, in no order
     attention: torch.Tensor  # (B, n) global class attention that they were selected by
 
 
-@torch.fx.wrap
-def class_attention(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention of the class token over all tokens, averaged over the heads (paper eq. 3).
+def class_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Scaled dot products of the class token's query with all keys, where fused attention does not give them.
 
     Args:
         q: Queries (B, heads, N, d), the class token first.
@@ -160,10 +161,22 @@ def class_attention(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Ten
         scale: Factor of the dot products, 1 / sqrt(d).
 
     Returns:
-        (B, N), in float32 at least: selection needs to tell close scores apart.
+        (B, heads, N).
     """
     # keys first: where they are a part of a projection they are copied, by rows, which is several times faster on a CPU
-    scores = (k @ (q[:, :, :1] * scale).transpose(-2, -1)).squeeze(-1)
+    return (k @ (q[:, :, :1] * scale).transpose(-2, -1)).squeeze(-1)
+
+
+@torch.fx.wrap
+def class_attention(scores: torch.Tensor) -> torch.Tensor:
+    """Attention of the class token over all tokens, averaged over the heads (paper eq. 3).
+
+    Args:
+        scores: Scaled dot products (B, heads, N) of the class token's query with all keys.
+
+    Returns:
+        (B, N), in float32 at least: selection needs to tell close patches apart.
+    """
     if scores.dtype != torch.float64:
         scores = scores.float()
     return scores.softmax(dim=-1).mean(dim=1)
@@ -212,9 +225,9 @@ def select(
     B, N, C = x.shape
     n = N - num_prefix_tokens
     num_kept = max(1, int(n * keep_ratio))
-    kept_attention, kept = attention.topk(num_kept, dim=1)
+    kept_attention, kept = attention.topk(num_kept, dim=1, sorted=False)
     prefix = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
-    offset = torch.arange(B, device=x.device).unsqueeze(1) * N
+    offset = torch.arange(0, B * N, N, device=x.device).unsqueeze(1)
     # whole rows of a flat view: several times faster on a CPU than gather and scatter by element
     rows = (torch.cat([prefix, kept + num_prefix_tokens], dim=1) + offset).flatten()
     slow = x.flatten(0, 1).index_select(0, rows).view(B, num_prefix_tokens + num_kept, C)
