@@ -7,10 +7,10 @@
         tome:deit_small_patch16_224:13 others.py:create_model --plot accuracy_speed.png
 
 A model is a name that timm knows; `tome:NAME:R`, a Vision Transformer of timm that merges R tokens in every block, if
-the package tome is installed; or `FILE.py:FUNCTION`, whatever model the function returns when it is called without
-arguments. The first one of --against is the baseline, or the first of all without it. Every round times each model once,
-in turn, so that a machine whose speed drifts slows all of them alike; the speed-up is the median over the rounds of the
-ratio within a round.
+the package tome is installed; or `FILE.py:FUNCTION`, whatever model the function returns. The first one of --against
+is the baseline, or the first of all without it; the models of --against get none of the --model-kwargs. Every round
+times each model once, in turn, so that a machine whose speed drifts slows all of them alike; the speed-up is the
+median over the rounds of the ratio within a round.
 """
 import argparse
 import importlib.util
@@ -61,10 +61,14 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--warmup', type=int, default=2, help='rounds that are not counted')
     parser.add_argument('--seconds', type=float, default=1., help='at least so long is a model timed in a round')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='arguments of all models')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs,
+                        help='arguments of the models, not of those of --against')
     parser.add_argument('--json', type=Path, help='write all figures to this file')
     parser.add_argument('--plot', type=Path, metavar='PNG', help='draw top-1 from the papers against measured speed')
     args = parser.parse_args(argv)
+    for spec in args.models if args.model_kwargs else []:
+        if spec in args.against:
+            parser.error(f'{spec}: --model-kwargs is for the models alone, this one is in --against as well')
     args.models = list(dict.fromkeys(args.against + args.models))
     for spec in args.models:
         kind, name, rest = split(spec)
@@ -95,12 +99,14 @@ def split(spec: str) -> Tuple[str, str, str]:
 
 def create(spec: str, args: argparse.Namespace) -> torch.nn.Module:
     kind, name, rest = split(spec)
+    kwargs = {} if spec in args.against else args.model_kwargs
     if kind == 'file':
         module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(name).stem, name))
         found.loader.exec_module(module)
-        return getattr(module, rest)()
-    kwargs = {'img_size': args.img_size} if args.img_size else {}
-    model = timm.create_model(name, num_classes=args.num_classes, **args.model_kwargs, **kwargs)
+        return getattr(module, rest)(**kwargs)
+    if args.img_size:
+        kwargs = {'img_size': args.img_size, **kwargs}
+    model = timm.create_model(name, num_classes=args.num_classes, **kwargs)
     if kind == 'tome':
         import tome
         tome.patch.timm(model)

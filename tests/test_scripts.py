@@ -362,12 +362,24 @@ def test_benchmark_counts_the_papers_multiply_adds(benchmark):
     assert [round(c / 1e9, 3) for c in counted] == [4.599, 3.034]
 
 
+def test_benchmark_gives_arguments_to_the_models_alone(benchmark, tmp_path):
+    path = tmp_path / 'others.py'
+    path.write_text('import timm\n\ndef create(**kwargs):\n    return timm.create_model("evo_deit_tiny", **kwargs)\n')
+    names = [f'{path}:create', 'evo_deit_tiny']
+    args = benchmark.parse_args([
+        *names, '--against', 'deit_tiny_patch16_224', '--img-size', '64', '--model-kwargs', 'selection=layer', 'keep_ratio=0.7'])
+    dense, other, evo = [benchmark.create(name, args) for name in args.models]
+    assert dense.patch_embed.img_size == evo.patch_embed.img_size == (64, 64) and other.patch_embed.img_size == (224, 224)
+    assert evo.selection == other.selection == 'layer' and evo.keep_ratio == other.keep_ratio == (0.7, 0.7)
+
+
 @pytest.mark.parametrize('argv, message', [
     (['evo_deit_nothing'], 'evo_deit_nothing: unknown to timm'),
     (['evo_deit_tiny', '--against', 'nowhere.py:create'], 'there is no file nowhere.py'),
     ([str(EXAMPLES / 'benchmark.py')], 'benchmark.py: name the function as well'),
     (['tome:deit_tiny_patch16_224:many'], "number of tokens to merge in every block, got 'many'"),
     (['evo_levit_128s', '--reparam', '--train'], '--reparam is for inference'),
+    (['evo_levit_128s', '--against', 'evo_levit_128s', '--model-kwargs', 'selection=layer'], 'is in --against as well'),
 ])
 def test_benchmark_names_what_it_does_not_know(benchmark, capsys, argv, message):
     with pytest.raises(SystemExit):
