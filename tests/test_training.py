@@ -226,8 +226,8 @@ def test_mixed_precision(family, dtype):
     scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 8, enabled=dtype == torch.float16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
-    for step in range(16):
-        model.set_epoch(step // 8)  # layer-wise, then stage-wise
+    for step in range(32):
+        model.set_epoch(step // 16)  # layer-wise, then stage-wise
         with torch.autocast('cpu', dtype):
             output = model(x)
             loss = F.cross_entropy(output, y)
