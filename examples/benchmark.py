@@ -66,9 +66,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--json', type=Path, help='write all figures to this file')
     parser.add_argument('--plot', type=Path, metavar='PNG', help='draw top-1 from the papers against measured speed')
     args = parser.parse_args(argv)
-    for spec in args.models if args.model_kwargs else []:
-        if spec in args.against:
-            parser.error(f'{spec}: --model-kwargs is for the models alone, this one is in --against as well')
+    if args.model_kwargs and (both := set(args.models) & set(args.against)):
+        parser.error(f"{', '.join(sorted(both))}: --model-kwargs is for the models alone, this one is in --against as well")
     args.models = list(dict.fromkeys(args.against + args.models))
     for spec in args.models:
         kind, name, rest = split(spec)
@@ -104,9 +103,8 @@ def create(spec: str, args: argparse.Namespace) -> torch.nn.Module:
         module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(name).stem, name))
         found.loader.exec_module(module)
         return getattr(module, rest)(**kwargs)
-    if args.img_size:
-        kwargs = {'img_size': args.img_size, **kwargs}
-    model = timm.create_model(name, num_classes=args.num_classes, **kwargs)
+    size = {'img_size': args.img_size} if args.img_size else {}
+    model = timm.create_model(name, num_classes=args.num_classes, **kwargs, **size)
     if kind == 'tome':
         import tome
         tome.patch.timm(model)
