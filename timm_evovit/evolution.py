@@ -164,7 +164,7 @@ def class_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor
         (B, heads, N).
     """
     # keys first: where they are a part of a projection they are copied, by rows, which is several times faster on a CPU
-    return (k @ (q[:, :, :1] * scale).transpose(-2, -1)).squeeze(-1)
+    return (k @ q[:, :, :1].transpose(-2, -1)).squeeze(-1) * scale
 
 
 @torch.fx.wrap
