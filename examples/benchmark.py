@@ -275,8 +275,11 @@ def plot(report: Dict[str, Any], path: Path) -> None:
         if top1 is None:
             print(f'{name}: no top-1 is published under this name, it is not in the plot')
             continue
-        axis.plot(r['images_per_second'], top1, 'o' if name.startswith('evo_') else 's')
-        axis.annotate(name, (r['images_per_second'], top1), xytext=(6, 4), textcoords='offset points', fontsize=8)
+        evo = name.startswith('evo_')
+        axis.plot(r['images_per_second'], top1, 'o' if evo else 's')
+        axis.annotate(  # dense above, Evo below: the two of a pair are close to each other
+            name, (r['images_per_second'], top1), xytext=(0, -6 if evo else 6), textcoords='offset points', fontsize=8,
+            ha='center', va='top' if evo else 'bottom')
     axis.margins(x=0.25, y=0.15)
     axis.set(xlabel=f"images per second, measured ({report['machine']})", ylabel='ImageNet-1k top-1 in the papers (%)')
     axis.grid(alpha=0.3)
