@@ -6,10 +6,10 @@
     python benchmarks/accuracy.py time dense evo-stage evo-layer-to-stage
 
 `train` trains small models on any image folder or timm dataset for equal epochs; all variants of a seed see the same
-batches. Pictures are decoded once, into a file of raw pixels in --work-dir that is mapped into memory. After every epoch
-the checkpoint in --work-dir and a JSON file per variant and seed in --output are written anew; started again, it goes on
-at the epoch it was in, and leaves alone what is finished. `time` measures training and inference in turns with the first
-variant: run it when the machine has nothing else to do. `accuracy_report.py` makes the table and the plot.
+batches. Pictures are decoded once, into a file of raw pixels in --work-dir that is mapped into memory. After every
+epoch the checkpoint in --work-dir and a JSON file per variant and seed in --output are written anew; started again, it
+goes on at the epoch it was in, and leaves alone what is finished. `time` measures training and inference in turns with
+the first variant: run it when the machine has nothing else to do. `accuracy_report.py` makes the table and the plot.
 
 A variant is one of those below, `@RATIO` appended for another keep ratio than 0.5, such as `evo-stage@0.7`:
 """
@@ -70,7 +70,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     shared.add_argument('-b', '--batch-size', type=int, default=128)
     shared.add_argument('--img-size', type=int, help='32 for DeiT, 64 for LeViT')
     shared.add_argument('--patch-size', type=int, default=4, help='of DeiT; LeViT has a grid of img-size / 8')
-    shared.add_argument('--width', type=int, default=64, help="of DeiT; LeViT's first stage, the others twice and thrice")
+    shared.add_argument('--width', type=int, default=64, help="of DeiT; LeViT's first stage, then two and three times")
     shared.add_argument('--depth', type=int, default=8, help='blocks of DeiT; LeViT has 2, 3 and 4')
     shared.add_argument('--heads', type=int, default=4, help="of DeiT; LeViT's heads are 16 wide")
     shared.add_argument('--opt', default='adamw')
@@ -305,9 +305,9 @@ def evaluate(
     return 100 * (predictions == labels).float().mean().item(), loss, predictions
 
 
-def pack(classes: torch.Tensor) -> str:
-    """Class indices as text: base64 of the zlib-compressed bytes, one per picture (two from 256 classes on)."""
-    dtype = np.uint8 if classes.max() < 256 else np.dtype('<u2')
+def pack(classes: torch.Tensor, num_classes: int) -> str:
+    """Class indices as text: base64 of the zlib-compressed bytes, one per picture, two of more than 256 classes."""
+    dtype = np.uint8 if num_classes <= 256 else np.dtype('<u2')
     return base64.b64encode(zlib.compress(classes.numpy().astype(dtype).tobytes(), 9)).decode()
 
 
@@ -327,14 +327,15 @@ def surroundings(args: argparse.Namespace) -> Dict[str, Any]:
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
     git = subprocess.run(
-        ['git', 'describe', '--always', '--abbrev=12', '--dirty'], cwd=Path(__file__).parent, capture_output=True, text=True)
+        ['git', 'describe', '--always', '--abbrev=12', '--dirty'], cwd=Path(__file__).parent, capture_output=True,
+        text=True)
     return {
         'machine': {
             'cpu': cpu, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
             'gpu': torch.cuda.get_device_name() if args.device.startswith('cuda') else None,
             'allocator': {k: v for k, v in os.environ.items() if k.startswith('MALLOC_')}},
         'versions': {
-            'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
+            'python': platform.python_version(), 'torch': str(torch.__version__), 'timm': timm.__version__,
             'timm_evovit': timm_evovit.__version__},
         'commit': git.stdout.strip() or None,
         'command': shlex.join(['python', 'benchmarks/accuracy.py', *sys.argv[1:]]),
@@ -344,8 +345,8 @@ def surroundings(args: argparse.Namespace) -> Dict[str, Any]:
 def configuration(args: argparse.Namespace) -> Dict[str, Any]:
     """What all variants of one comparison have in common."""
     left_out = (
-        'command', 'variants', 'seeds', 'output', 'work_dir', 'data_dir', 'dataset_download', 'device', 'rounds', 'steps',
-        'train_split', 'val_split', 'num_classes')
+        'command', 'variants', 'seeds', 'output', 'work_dir', 'data_dir', 'dataset_download', 'device', 'rounds',
+        'steps', 'train_split', 'val_split', 'num_classes')
     return {'family': family(args.variants[0]), **{k: v for k, v in vars(args).items() if k not in left_out}}
 
 
@@ -369,7 +370,7 @@ def train_one(variant: str, seed: int, data: Dict[str, Any], args: argparse.Name
         'parameters': sum(p.numel() for p in trainer.model.parameters()), 'num_classes': num_classes,
         'images': {split: len(data[split][1]) for split in ('train', 'validation')},
         'top1': [], 'validation_loss': [], 'train_loss': [], 'train_seconds': [], 'evaluation_seconds': [],
-        'labels': pack(data['validation'][1]),
+        'labels': pack(data['validation'][1], num_classes),
     }
     code = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     checkpoint = args.work_dir / f'{variant}-seed{seed}-{code}.pt'
@@ -400,15 +401,15 @@ def train_one(variant: str, seed: int, data: Dict[str, Any], args: argparse.Name
         report['train_seconds'].append(trained - start)
         report['evaluation_seconds'].append(time.perf_counter() - trained)
         report['finished'] = epoch + 1 == args.epochs
-        report['predictions'] = pack(predictions)
+        report['predictions'] = pack(predictions, num_classes)
         partial = checkpoint.with_suffix(f'.{os.getpid()}')
         torch.save({
             'model': trainer.model.state_dict(), 'optimizer': trainer.optimizer.state_dict(),
             'scaler': trainer.scaler.state_dict(), 'report': report}, partial)
         os.replace(partial, checkpoint)
         write(path, report)
-        print(f'{variant}, seed {seed}, epoch {epoch + 1}/{args.epochs}: {top1:.2f} %, loss {report["train_loss"][-1]:.4f}, '
-              f'{trained - start:.0f} s', flush=True)
+        print(f'{variant}, seed {seed}, epoch {epoch + 1}/{args.epochs}: {top1:.2f} %, '
+              f'loss {report["train_loss"][-1]:.4f}, {trained - start:.0f} s', flush=True)
 
 
 def train(args: argparse.Namespace) -> None:

@@ -1,0 +1,169 @@
+"""The programs behind docs/accuracy.md, on a few pictures of noise."""
+import base64
+import json
+import math
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
+SMALL = ['--img-size', '16', '--width', '16', '--heads', '2', '--depth', '3', '-b', '8', '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def programs():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import accuracy
+        import accuracy_report
+        return accuracy, accuracy_report
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp('pictures')
+    generator = np.random.default_rng(0)
+    for split, count in (('train', 12), ('validation', 8)):
+        for label in 'abc':
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                noise = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(root / split / label / f'{i}.png')
+    return root
+
+
+def train(accuracy, pictures, folder, *args):
+    accuracy.main([
+        'train', *args, *SMALL, '--data-dir', str(pictures), '--output', str(folder / 'results'),
+        '--work-dir', str(folder / 'work')])
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / 'results').glob('*.json'))}
+
+
+def without_clock(results):
+    return {name: {k: v for k, v in r.items() if not k.endswith('seconds')} for name, r in results.items()}
+
+
+def test_resumed_run_is_the_same(programs, pictures, tmp_path, monkeypatch):
+    accuracy, report = programs
+    args = [
+        'dense', 'evo-layer-to-stage', '--epochs', '3', '--warmup-epochs', '1', '--drop-path', '0.2', '--mixup', '0.8']
+    whole = train(accuracy, pictures, tmp_path / 'whole', *args)
+    assert set(whole) == {'dense-seed0', 'evo-layer-to-stage-seed0'}
+    assert all(r['finished'] and len(r['top1']) == 3 for r in whole.values())
+
+    evaluate, calls = accuracy.evaluate, []
+
+    def interrupted(*inputs):
+        calls.append(inputs)
+        if len(calls) in (2, 6):  # the second epoch of either
+            raise KeyboardInterrupt
+        return evaluate(*inputs)
+
+    monkeypatch.setattr(accuracy, 'evaluate', interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(accuracy, pictures, tmp_path / 'parts', *args)
+    assert [len(c['unfinished']) for c in report.compare(*report.load(tmp_path / 'parts' / 'results'))] == [1]
+    parts = train(accuracy, pictures, tmp_path / 'parts', *args)
+    assert without_clock(parts) == without_clock(whole)
+    count = len(calls)
+    assert train(accuracy, pictures, tmp_path / 'parts', *args) == parts and len(calls) == count  # nothing to do
+    with pytest.raises(SystemExit, match='another configuration'):
+        train(accuracy, pictures, tmp_path / 'parts', *args, '--lr', '0.1')
+
+
+def test_all_variants_train_and_are_timed(programs, pictures, tmp_path, capsys):
+    accuracy, report = programs
+    deit = [name for name in accuracy.VARIANTS if 'levit' not in name] + ['evo-stage@0.7']
+    epoch = ['--epochs', '1', '--warmup-epochs', '0']
+    results = train(accuracy, pictures, tmp_path, *deit, *epoch, '--amp', 'bfloat16', '--no-fused-attn')
+    assert len(results) == len(deit)
+    for r in results.values():
+        predictions = np.frombuffer(zlib.decompress(base64.b64decode(r['predictions'])), np.uint8)
+        labels = np.frombuffer(zlib.decompress(base64.b64decode(r['labels'])), np.uint8)
+        assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+        assert r['top1'][-1] == pytest.approx(100 * (predictions == labels).mean(), abs=1e-4)
+    accuracy.main([
+        'time', 'dense', 'evo-layer-to-stage', *epoch, *SMALL, '--amp', 'bfloat16', '--no-fused-attn', '--rounds', '2',
+        '--steps', '1', '--output', str(tmp_path / 'results')])
+    levit = [name for name in accuracy.VARIANTS if 'levit' in name]
+    small = [arg if arg != '16' else '32' for arg in SMALL]
+    accuracy.main([
+        'train', *levit, *epoch, *small, '--data-dir', str(pictures), '--output', str(tmp_path / 'results'),
+        '--work-dir', str(tmp_path / 'work')])
+
+    page = tmp_path / 'page.md'
+    page.write_text(
+        '# A\n<!-- accuracy-table -->\nold\n<!-- /accuracy-table -->\n<!-- speed-table --><!-- /speed-table -->\nB\n')
+    capsys.readouterr()
+    comparisons = report.main([str(tmp_path / 'results'), '--page', str(page), '--plot', str(tmp_path / 'plot.png')])
+    assert sorted(len(c['variants']) for c in comparisons) == [len(levit), len(deit)]
+    assert report.table(comparisons) in page.read_text() and 'old' not in page.read_text()
+    assert page.read_text().startswith('# A\n') and page.read_text().endswith('B\n')
+    assert (tmp_path / 'plot.png').stat().st_size > 10_000
+
+
+def test_batches(programs):
+    """Same seed and epoch, same batches; an augmented picture is a window of the padded one, or its mirror image."""
+    accuracy, _ = programs
+    args = accuracy.parse_args(['train', 'dense', '-b', '4', '--data-dir', str(BENCHMARKS), '--device', 'cpu'])
+    images = torch.randint(1, 256, (9, 6, 5, 3), dtype=torch.uint8)
+    labels = torch.arange(9)
+    first, again, other = (list(accuracy.batches(images, labels, epoch, 3, args)) for epoch in (0, 0, 1))
+    assert len(first) == 2 and all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again))
+    assert not torch.equal(first[0][1], other[0][1])
+    for x, y in first:
+        for picture, label in zip(x, y):
+            padded = torch.zeros(14, 13, 3, dtype=torch.uint8)
+            padded[4:10, 4:9] = images[label]
+            windows = [padded[i:i + 6, j:j + 5] for i in range(9) for j in range(9)]
+            assert any(torch.equal(picture, w) or torch.equal(picture, w.flip(1)) for w in windows)
+
+
+def test_intervals(programs):
+    """Against a printed table of Student's t, and McNemar's variance written out in counts."""
+    accuracy, report = programs
+    for df, quantile in ((1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (30, 2.0423)):
+        assert report.t_quantile(df) == pytest.approx(quantile, abs=1e-4)
+    low, high = report.seed_interval([1., 2., 4.])
+    assert (low + high) / 2 == pytest.approx(7 / 3)
+    assert (high - low) / 2 == pytest.approx(4.3027 * math.sqrt(7 / 3) / math.sqrt(3), rel=1e-4)
+    assert report.seed_interval([1.]) is None
+
+    generator = torch.Generator().manual_seed(0)
+    labels, one, two = torch.randint(300, (3, 500), generator=generator)
+    one[:350], two[100:400] = labels[:350], labels[100:400]
+    shared = {'variant': 'x', 'num_classes': 300, 'labels': accuracy.pack(labels, 300)}
+    runs = [{**shared, 'predictions': accuracy.pack(p, 300)} for p in (one, two)]
+    low, high = report.image_interval(runs[:1], runs[1:])
+    gained = ((one == labels) & (two != labels)).sum().item()
+    lost = ((one != labels) & (two == labels)).sum().item()
+    half = 1.96 * math.sqrt(gained + lost - (gained - lost) ** 2 / 500) / 500
+    assert (low + high) / 2 == pytest.approx(100 * (gained - lost) / 500)
+    assert (high - low) / 2 == pytest.approx(100 * half, rel=2e-3)
+    with pytest.raises(ValueError, match='different pictures'):
+        report.image_interval(runs[:1], [{**runs[1], 'labels': runs[0]['predictions']}])
+
+
+@pytest.mark.parametrize('args, message', [
+    (['train', 'evo'], 'no such variant'),
+    (['train', 'dense@0.5'], 'is for Evo-ViT'),
+    (['train', 'evo-stage@1.5'], 'must be in'),
+    (['train', 'dense', 'levit'], 'one family at a time'),
+    (['train', 'dense', 'dense'], 'each variant once'),
+    (['train', 'dense', '--epochs', '0'], '--epochs must be 1 or more, got 0'),
+    (['train', 'dense', '--patch-size', '5'], 'no multiple of --patch-size 5'),
+    (['train', 'dense', '--mixup', '1', '-b', '3'], 'even --batch-size'),
+    (['train', 'dense', '--data-dir', 'nowhere'], "'nowhere' is no folder"),
+])
+def test_errors(programs, args, message, capsys):
+    with pytest.raises(SystemExit):
+        programs[0].main(args)
+    assert message in capsys.readouterr().err
