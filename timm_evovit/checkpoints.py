@@ -86,7 +86,7 @@ def rename_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tenso
     return state_dict
 
 
-def listed(names: List[str], limit: int = 8) -> str:
+def join_names(names: List[str], limit: int = 8) -> str:
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
     return ', '.join(names[:limit]) + more
 
@@ -118,7 +118,7 @@ def check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> N
         if k in own and shape(k, v) != shape(k, own[k]) and not k.startswith(other)
     ]
     faults = [
-        f'{what} {listed(names)}'
+        f'{what} {join_names(names)}'
         for what, names in (('missing:', missing), ('unexpected:', unexpected), ('wrong shape:', wrong)) if names
     ]
     if faults:

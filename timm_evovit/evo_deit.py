@@ -16,15 +16,15 @@ from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cf
 from timm.models.vision_transformer import VisionTransformer
 
 from . import training
+from .base import check
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
-from .evo_vit import EvoAttention, EvoBlock, Evolving
-from .evolution import check_flag
-from .hub import HubModel, published, resolve_weights
+from .evo_vit import EvoAttention, EvoBlock, EvolvingVit
+from .hub import published_cfg, resolve_weights
 
 __all__ = ['EvoVisionTransformer']  # register_model will add each entrypoint fn to this
 
 
-class EvoVisionTransformer(HubModel, Evolving, training.LayerToStage, VisionTransformer):
+class EvoVisionTransformer(EvolvingVit, VisionTransformer):
     """Vision Transformer with slow-fast token evolution.
 
     Class attention tells informative patches from placeholders. Informative patches go through the blocks,
@@ -63,7 +63,7 @@ class EvoVisionTransformer(HubModel, Evolving, training.LayerToStage, VisionTran
                 or one per block. Default: 1 before the first stage, 0.5 after.
             selection: When informative patches are selected anew, at each 'stage' or before each 'layer' of it.
             representative_token: Update placeholders by a representative token (paper), or leave them as they are
-                until the stage ends (released code and weights).
+                until the stage ends. False by default, as in the authors' DeiT code and weights; their LeViT has one.
             assisted_cls: With 'avg' pooling, classify the class token as well while training, with a norm and head
                 of its own (paper section 'Assisted CLS token loss').
             layer_to_stage_epochs: Select layer-wise in so many epochs of training, then stage-wise (paper section
@@ -74,23 +74,19 @@ class EvoVisionTransformer(HubModel, Evolving, training.LayerToStage, VisionTran
             TypeError, ValueError: An argument is of the wrong kind, out of range or of the wrong length.
         """
         weight_init = kwargs.pop('weight_init', '')
-        if not kwargs.get('class_token', True):
-            raise ValueError('class_token=False leaves no class attention to select tokens by, it must be True.')
-        kwargs.setdefault('block_fn', EvoBlock)
-        kwargs.setdefault('attn_layer', EvoAttention)
-        if not issubclass(kwargs['block_fn'], EvoBlock):
-            raise TypeError(f"block_fn must be a subclass of EvoBlock, got {kwargs['block_fn']!r}.")
-        if not (isinstance(kwargs['attn_layer'], type) and issubclass(kwargs['attn_layer'], EvoAttention)):
-            raise TypeError(f"attn_layer must be a subclass of EvoAttention, got {kwargs['attn_layer']!r}.")
+        class_token = kwargs.get('class_token', True)
+        check(class_token, 'class_token', 'True: tokens are selected by class attention', class_token)
+        for name, cls in (('block_fn', EvoBlock), ('attn_layer', EvoAttention)):
+            layer = kwargs.setdefault(name, cls)
+            check(
+                isinstance(layer, type) and issubclass(layer, cls), name, f'a subclass of {cls.__name__}', layer, TypeError)
         super().__init__(
             img_size, patch_size, in_chans, num_classes, global_pool, weight_init='skip', **kwargs)
 
-        self._init_evolution(keep_ratio, stages, tradeoff, selection, representative_token)
-
-        self.assisted_cls = check_flag('assisted_cls', assisted_cls)
-        self.assisted_training = False  # must set this True to train w/ both heads' logits
+        self._evolve_blocks(
+            keep_ratio, stages, tradeoff, selection, representative_token, assisted_cls=assisted_cls,
+            layer_to_stage_epochs=layer_to_stage_epochs, device=self.cls_token.device)
         self._reset_cls_head()
-        self._init_layer_to_stage(layer_to_stage_epochs, self.selection, self.cls_token.device)
 
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         if weight_init != 'skip':
@@ -109,11 +105,6 @@ class EvoVisionTransformer(HubModel, Evolving, training.LayerToStage, VisionTran
             self.head_cls = None
 
     @torch.jit.ignore
-    def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
-        super().set_keep_ratio(keep_ratio)
-        self._remember_args(keep_ratio=self.keep_ratio)
-
-    @torch.jit.ignore
     def _current_args(self) -> Dict[str, Any]:
         args = dict(
             img_size=self.patch_embed.img_size, patch_size=self.patch_embed.patch_size, in_chans=self.in_chans,
@@ -124,19 +115,10 @@ class EvoVisionTransformer(HubModel, Evolving, training.LayerToStage, VisionTran
         return args
 
     @torch.jit.ignore
-    def set_assisted_training(self, enable: bool = True) -> None:
-        """Return (averaged-patch logits, class token logits) in training mode, for `AssistedLoss`."""
-        self.assisted_training = enable
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
         matcher = super().group_matcher(coarse)
         matcher['blocks'][-1] = (r'^norm\.', (99999,))  # norm_cls belongs to the head, as fc_norm does
         return matcher
-
-    @torch.jit.ignore
-    def get_classifier(self) -> Union[nn.Module, Tuple[nn.Module, nn.Module]]:
-        return self.head if self.head_cls is None else (self.head, self.head_cls)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         super().reset_classifier(num_classes, global_pool)
@@ -149,19 +131,19 @@ class EvoVisionTransformer(HubModel, Evolving, training.LayerToStage, VisionTran
     ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
         """Tokens (B, N, C) to logits (B, num_classes).
 
-        In training mode with an assisted class token, even samples of the batch are answered by the averaged-patch
-        head and odd samples by the class token head, see `timm_evovit.training`.
+        In training mode with an assisted class token, a random half of the samples is answered by the averaged-patch
+        head and the rest by the class token head, see `timm_evovit.training`.
         """
         features = self.head_drop(self.fc_norm(self.pool(x)))
         if pre_logits:
             return features
         logits = self.head(features)
-        if self.head_cls is None or not self.training:
+        if self.head_cls is None or not self.is_assisted():
             return logits
         logits_cls = self.head_cls(self.head_drop(self.norm_cls(x[:, 0])))
         if self.assisted_training and not torch.jit.is_scripting():
             return logits, logits_cls
-        return training.alternate_heads(logits, logits_cls)
+        return training.mix_heads(logits, logits_cls)
 
 
 def _create_evo_deit(
@@ -222,15 +204,15 @@ def _deit_cfg(hf_hub_id: str, **kwargs: Any) -> Dict[str, Any]:
 
 # where both tags have weights the first is the default
 default_cfgs = generate_default_cfgs({
-    'evo_deit_tiny_patch16_224.evovit_in1k': _cfg(**published('evo_deit_tiny_patch16_224')),
+    'evo_deit_tiny_patch16_224.evovit_in1k': _cfg(**published_cfg('evo_deit_tiny_patch16_224')),
     'evo_deit_tiny_patch16_224.fb_in1k': _deit_cfg('timm/deit_tiny_patch16_224.fb_in1k'),
-    'evo_deit_small_patch16_224.evovit_in1k': _cfg(**published('evo_deit_small_patch16_224')),
+    'evo_deit_small_patch16_224.evovit_in1k': _cfg(**published_cfg('evo_deit_small_patch16_224')),
     'evo_deit_small_patch16_224.fb_in1k': _deit_cfg('timm/deit_small_patch16_224.fb_in1k'),
-    'evo_deit_base_patch16_224.evovit_in1k': _cfg(**published('evo_deit_base_patch16_224')),
+    'evo_deit_base_patch16_224.evovit_in1k': _cfg(**published_cfg('evo_deit_base_patch16_224')),
     'evo_deit_base_patch16_224.fb_in1k': _deit_cfg('timm/deit_base_patch16_224.fb_in1k'),
     'evo_deit_small_patch16_384.untrained': _cfg(input_size=(3, 384, 384)),
     'evo_deit_base_patch16_384.evovit_in1k': _cfg(
-        input_size=(3, 384, 384), **published('evo_deit_base_patch16_384')),
+        input_size=(3, 384, 384), **published_cfg('evo_deit_base_patch16_384')),
     'evo_deit_base_patch16_384.fb_in1k': _deit_cfg(
         'timm/deit_base_patch16_384.fb_in1k', input_size=(3, 384, 384), crop_pct=1.0),
 })

@@ -4,22 +4,23 @@ Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - htt
 
 Yifan Xu, Zhijie Zhang, Mengdan Zhang, Kekai Sheng, Ke Li, Weiming Dong, Liqing Zhang, Changsheng Xu, Xing Sun.
 """
-from collections import OrderedDict
 from functools import partial
-from numbers import Real
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 from torch import nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, get_act_layer, to_2tuple, to_ntuple, trunc_normal_
-from timm.models import PretrainedCfg, build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.layers import get_act_layer, get_device_dtype, to_2tuple, trunc_normal_
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models.levit import Levit, LevitMlp, LinearNorm, NormLinear
+from timm.models.levit import (
+    Attention, AttentionDownsample, LevitBlock, LevitDistilled, LevitDownsample, LevitMlp, LevitStage, NormLinear)
 
-from . import evolution, training
+from . import evolution, training  # FX finds wrapped functions as attributes of their module
+from .base import EvolvingModel, check, check_flag, check_ratios
 from .checkpoints import levit_checkpoint_filter_fn as checkpoint_filter_fn
-from .hub import HubModel, published, resolve_weights
+from .evolution import EvolutionState, EvolvingSequential, Schedule, Selection
+from .hub import published_cfg, resolve_weights
 
 __all__ = ['EvoLevit']  # register_model will add each entrypoint fn to this
 
@@ -37,32 +38,18 @@ def check_input_size(x: torch.Tensor, img_size: Tuple[int, int]) -> None:
             f'{img_size[0]} x {img_size[1]}; create it with the img_size of the input.')
 
 
-def check_tradeoff(value: Union[str, float]) -> Optional[float]:
-    """`tradeoff` as a number, or None if it is learned.
+@torch.fx.wrap
+def average_logits(logits: torch.Tensor, logits_dist: torch.Tensor) -> torch.Tensor:
+    """Mean of the logits (B, num_classes) of both heads.
 
     Raises:
-        TypeError, ValueError: Neither 'learned' nor a number in [0, 1].
+        ValueError: The heads do not fit each other, because the user has replaced one.
     """
-    if isinstance(value, str) and value == 'learned':
-        return None
-    message = f"tradeoff must be 'learned' or a number in [0, 1], got {value!r}."
-    if isinstance(value, bool) or not isinstance(value, (str, Real)):
-        raise TypeError(message)
-    if isinstance(value, str) or not 0 <= value <= 1:
-        raise ValueError(message)
-    return float(value)
-
-
-def per_stage(name: str, value: Any, num_stages: int) -> Tuple[Any, ...]:
-    """One value for each stage, given so or as one for all.
-
-    Raises:
-        ValueError: There are more of them, or fewer.
-    """
-    values = to_ntuple(num_stages)(value)
-    if len(values) != num_stages:
-        raise ValueError(f'{name} must be one number or one per stage, {num_stages} by embed_dim, got {value!r}.')
-    return tuple(values)
+    if logits.shape != logits_dist.shape:
+        raise ValueError(
+            f'The head gives logits {list(logits.shape)} and head_dist {list(logits_dist.shape)}, and Evo-LeViT averages '
+            f'them. Change both, best with reset_classifier(num_classes).')
+    return (logits + logits_dist) / 2
 
 
 def grid_sizes(img_size: Tuple[int, int], stride: int, num_stages: int) -> List[Tuple[int, int]]:
@@ -82,13 +69,6 @@ def grid_sizes(img_size: Tuple[int, int], stride: int, num_stages: int) -> List[
             f'patches, too small for {num_stages} stages; one side must be larger than '
             f'{stride * 2 ** max(num_stages - 2, 0)} pixels.')
     return grids
-
-
-def subsample(x: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:
-    """Every second patch of (B, H * W, C) in both directions."""
-    B, _, C = x.shape
-    H, W = grid_size
-    return x.reshape(B, H, W, C)[:, ::2, ::2].flatten(1, 2)
 
 
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -114,212 +94,119 @@ def attend(
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2), scores
 
 
-class EvoLevitAttention(nn.Module):
-    """LeViT's attention without attention biases, which can also return class attention."""
+class WithoutBiases(nn.Module):
+    """timm's attention of LeViT without its attention biases, to be inherited from before it."""
 
-    def __init__(
-            self,
-            dim: int,
-            key_dim: int,
-            num_heads: int,
-            attn_ratio: float,
-            act_layer: Type[nn.Module],
-            device=None,
-            dtype=None,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = key_dim ** -0.5
-        self.key_dim = key_dim
-        self.val_dim = int(attn_ratio * key_dim)
-
-        self.qkv = LinearNorm(dim, num_heads * (2 * key_dim + self.val_dim), **dd)
-        self.proj = nn.Sequential(OrderedDict([
-            ('act', act_layer()),
-            ('ln', LinearNorm(num_heads * self.val_dim, dim, bn_weight_init=0, **dd)),
-        ]))
-
-    def forward(self, x: torch.Tensor, class_attention: bool = False):  # TorchScript infers the return type
-        """
-        Args:
-            x: Tokens (B, N, C), the class token first.
-            class_attention: Return class attention over all tokens, (B, N), beside the output (B, N, C).
-        """
-        if class_attention and not torch.jit.is_scripting():
-            return self.forward_class_attention(x)
-        return self._attend(x)[0]
-
-    def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The same, with class attention, for TorchScript."""
-        x, scores = self._attend(x)
-        return x, evolution.class_attention(scores[:, :, 0])
-
-    def _attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Output (B, N, C) and scaled dot products (B, heads, N, N)."""
-        q, k, v = split_heads(self.qkv(x), self.num_heads).split([self.key_dim, self.key_dim, self.val_dim], dim=3)
-        x, scores = attend(q, k, v, self.scale)
-        return self.proj(x), scores
-
-
-class EvoLevitAttentionDownsample(nn.Module):
-    """Attention from the class token and every second patch to all tokens, which adds its own position embedding."""
-
-    def __init__(
-            self,
-            in_dim: int,
-            out_dim: int,
-            key_dim: int,
-            num_heads: int,
-            attn_ratio: float,
-            grid_size: Tuple[int, int],
-            act_layer: Type[nn.Module],
-            tradeoff: float,
-            device=None,
-            dtype=None,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = key_dim ** -0.5
-        self.key_dim = key_dim
-        self.val_dim = int(attn_ratio * key_dim)
-        self.grid_size = grid_size
-        self.tradeoff = tradeoff
-        self.live = False  # a later selection reads the global class attention
-
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid_size[0] * grid_size[1], in_dim, **dd))
-        self.kv = LinearNorm(in_dim, num_heads * (key_dim + self.val_dim), **dd)
-        self.q = nn.Sequential(OrderedDict([('ln', LinearNorm(in_dim, num_heads * key_dim, **dd))]))
-        self.proj = nn.Sequential(OrderedDict([
-            ('act', act_layer()),
-            ('ln', LinearNorm(num_heads * self.val_dim, out_dim, **dd)),
-        ]))
-        self.reset_parameters()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        del self.attention_biases, self.attention_bias_idxs
 
     def reset_parameters(self) -> None:
-        trunc_normal_(self.pos_embed, std=.02)
+        pass  # of the biases
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            attention: Optional[torch.Tensor],
-            tradeoff: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """
-        Args:
-            x: Tokens (B, 1 + H * W, C).
-            attention: Global class attention (B, H * W), if any.
-            tradeoff: Scalar that takes the place of the fixed tradeoff, if given.
-
-        Returns:
-            Tokens and global class attention of the smaller grid, the latter None if nothing later reads it.
-        """
-        x = x + self.pos_embed
-        k, v = split_heads(self.kv(x), self.num_heads).split([self.key_dim, self.val_dim], dim=3)
-        q = self.q(torch.cat([x[:, :1], subsample(x[:, 1:], self.grid_size)], dim=1))
-        q = split_heads(q, self.num_heads)
-        x, scores = attend(q, k, v, self.scale)
-        x = self.proj(x)
-        if not self.live:
-            return x, None
-
-        row = evolution.class_attention(scores[:, :, 0])[:, 1:]
-        if attention is None:
-            return x, subsample(row.unsqueeze(2), self.grid_size).squeeze(2)
-        total = attention.sum(dim=1, keepdim=True)
-        attention = evolution.mix(attention, row, self.tradeoff, tradeoff)
-        attention = subsample(attention.unsqueeze(2), self.grid_size).squeeze(2)
-        return x, attention * (total / attention.sum(dim=1, keepdim=True))
+    def init_non_persistent_buffers(self) -> None:
+        pass
 
 
-class EvoLevitDownsample(nn.Module):
-    """Downsampling attention and a residual MLP."""
+class EvoLevitAttention(WithoutBiases, Attention):
+    """LeViT's attention without attention biases, which can also write class attention."""
 
-    def __init__(
-            self,
-            in_dim: int,
-            out_dim: int,
-            key_dim: int,
-            grid_size: Tuple[int, int],
-            act_layer: Type[nn.Module],
-            attn_act_layer: Type[nn.Module],
-            drop_path: float,
-            tradeoff: float,
-            device=None,
-            dtype=None,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.attn_downsample = EvoLevitAttentionDownsample(
-            in_dim,
-            out_dim,
-            key_dim,
-            num_heads=in_dim // key_dim,
-            attn_ratio=4.,
-            grid_size=grid_size,
-            act_layer=attn_act_layer,
-            tradeoff=tradeoff,
-            **dd,
-        )
-        self.mlp = LevitMlp(out_dim, 2 * out_dim, act_layer=act_layer, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-
-    def forward(
-            self,
-            x: torch.Tensor,
-            attention: Optional[torch.Tensor],
-            tradeoff: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        x, attention = self.attn_downsample(x, attention, tradeoff)
-        return x + self.drop_path(self.mlp(x)), attention
-
-
-class EvoLevitBlock(nn.Module):
-    """Residual attention and residual MLP, which can also return the class attention of its attention layer."""
-
-    def __init__(
-            self,
-            dim: int,
-            key_dim: int,
-            num_heads: int,
-            attn_ratio: float,
-            mlp_ratio: float,
-            act_layer: Type[nn.Module],
-            attn_act_layer: Type[nn.Module],
-            drop_path: float,
-            device=None,
-            dtype=None,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.attn = EvoLevitAttention(dim, key_dim, num_heads, attn_ratio, attn_act_layer, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.mlp = LevitMlp(dim, int(dim * mlp_ratio), act_layer=act_layer, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-
-    def forward(self, x: torch.Tensor, class_attention: bool = False):  # TorchScript infers the return type
+    def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
         """
         Args:
             x: Tokens (B, N, C), the class token first.
-            class_attention: Return class attention over all tokens, (B, N), beside the tokens.
+            state: Receives class attention over all tokens, (B, N).
         """
-        if torch.jit.is_scripting() or not class_attention:
-            return self._residual(x, self.attn(x))
-        attn, row = self.attn(x, class_attention=True)
-        return self._residual(x, attn), row
+        q, k, v = split_heads(self.qkv(x), self.num_heads).split([self.key_dim, self.key_dim, self.val_dim], dim=3)
+        x, scores = attend(q, k, v, self.scale)
+        if state is not None:
+            state.class_attn = evolution.class_attention(scores[:, :, 0])
+        return self.proj(x)
 
-    def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The same, with class attention, for TorchScript."""
-        attn, row = self.attn.forward_class_attention(x)
-        return self._residual(x, attn), row
 
-    def _residual(self, x: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(attn)
+class EvoLevitBlock(LevitBlock):
+    """Residual attention and residual MLP, which can also write the class attention of its attention layer."""
+
+    def __init__(self, dim: int, key_dim: int, **kwargs: Any) -> None:
+        super().__init__(dim, key_dim, resolution=1, **kwargs)
+        self.attn = EvoLevitAttention(
+            dim, key_dim, kwargs['num_heads'], kwargs['attn_ratio'], resolution=1, act_layer=kwargs['attn_act_layer'],
+            device=kwargs['device'], dtype=kwargs['dtype'])
+        self.grid = nn.Identity()  # called with the complete tokens where an evolution stage starts at this block
+
+    def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
+        """
+        Args:
+            x: Tokens (B, N, C), the class token first.
+            state: Receives class attention over all tokens, (B, N).
+        """
+        x = x + self.drop_path1(self.attn(x, state))
         return x + self.drop_path2(self.mlp(x))
 
 
-class EvoLevitStage(nn.Module):
+class EvoLevitAttentionDownsample(WithoutBiases, AttentionDownsample):
+    """Attention from the class token and every second patch to all tokens, which adds its own position embedding."""
+
+    def __init__(self, in_dim: int, out_dim: int, key_dim: int, tradeoff: float, **kwargs: Any) -> None:
+        super().__init__(in_dim, out_dim, key_dim, **kwargs)
+        self.tradeoff = tradeoff
+        self.needs_class_attention = False  # a later selection reads the global class attention
+        H, W = self.resolution
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + H * W, in_dim, device=kwargs['device'], dtype=kwargs['dtype']))
+
+    def reset_parameters(self) -> None:
+        if hasattr(self, 'pos_embed'):  # also called by the constructor of timm's class
+            trunc_normal_(self.pos_embed, std=.02)
+
+    def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
+        """
+        Args:
+            x: Tokens (B, 1 + H * W, C).
+            state: Global class attention (B, H * W), replaced by that of the smaller grid, whose sum is the same, or by
+                None if nothing later reads it; and tradeoffs, of which the first is used up.
+
+        Returns:
+            Tokens (B, 1 + h * w, C) of the smaller grid.
+        """
+        x = x + self.pos_embed
+        k, v = split_heads(self.kv(x), self.num_heads).split([self.key_dim, self.val_dim], dim=3)
+        q = self.q.ln(torch.cat([x[:, :1], self.q.down(x[:, 1:])], dim=1))
+        x, scores = attend(split_heads(q, self.num_heads), k, v, self.scale)
+        if state is not None:
+            tradeoff, global_attn = state.tradeoff, state.global_attn
+            if self.needs_class_attention:
+                class_attn = evolution.class_attention(scores[:, :, 0])[:, 1:]
+                if global_attn is None:
+                    global_attn = self.q.down(class_attn.unsqueeze(2)).squeeze(2)
+                else:
+                    total = global_attn.sum(dim=1, keepdim=True)
+                    global_attn = evolution.update_global_attn(
+                        global_attn, class_attn, self.tradeoff, None if tradeoff is None else tradeoff[0])
+                    global_attn = self.q.down(global_attn.unsqueeze(2)).squeeze(2)
+                    global_attn = global_attn * (total / global_attn.sum(dim=1, keepdim=True))
+                state.global_attn = global_attn
+            else:
+                state.global_attn = None
+            if tradeoff is not None:
+                state.tradeoff = tradeoff[1:]
+        return self.proj(x)
+
+
+class EvoLevitDownsample(LevitDownsample):
+    """Downsampling attention and a residual MLP."""
+
+    def __init__(self, in_dim: int, out_dim: int, key_dim: int, tradeoff: float, **kwargs: Any) -> None:
+        super().__init__(in_dim, out_dim, key_dim, **kwargs)
+        names = ('num_heads', 'attn_ratio', 'resolution', 'device', 'dtype')
+        self.attn_downsample = EvoLevitAttentionDownsample(
+            in_dim, out_dim, key_dim, tradeoff, act_layer=kwargs['attn_act_layer'], **{n: kwargs[n] for n in names})
+
+    def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
+        x = self.attn_downsample(x, state)
+        return x + self.drop_path(self.mlp(x))
+
+
+class EvoLevitStage(LevitStage):
     """A downsampling attention, except in the first stage, and blocks that evolve slow and fast tokens."""
 
     def __init__(
@@ -328,77 +215,65 @@ class EvoLevitStage(nn.Module):
             out_dim: int,
             key_dim: int,
             depth: int,
+            in_grid_size: Optional[Tuple[int, int]],
+            grid_size: Tuple[int, int],
+            tradeoff: float,
+            representative_token: bool,
             num_heads: int,
             attn_ratio: float,
             mlp_ratio: float,
-            act_layer: Type[nn.Module],
-            attn_act_layer: Type[nn.Module],
-            in_grid_size: Optional[Tuple[int, int]],
-            grid_size: Tuple[int, int],
-            drop_path: float,
-            schedule: evolution.Schedule,
-            tradeoff: float,
-            representative_token: bool,
-            device=None,
-            dtype=None,
+            **kwargs: Any,
     ) -> None:
         """
         Args:
             in_grid_size: Grid to downsample, None where the stage does not.
             grid_size: Grid of the blocks.
-            schedule: One entry per attention, the downsampling one first.
             tradeoff: Weight of an attention's class attention in the global one, unless forward is given others.
+            num_heads, attn_ratio, mlp_ratio: Of the blocks.
+            **kwargs: act_layer, attn_act_layer, drop_path, device, dtype.
         """
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
+        super().__init__(out_dim, out_dim, key_dim, depth=0, **kwargs)
         self.grid_size = grid_size
-        self.num_attentions = len(schedule.live)
-        self.downsample = None if in_grid_size is None else EvoLevitDownsample(
-            in_dim, out_dim, key_dim, in_grid_size, act_layer, attn_act_layer, drop_path, tradeoff, **dd)
-        blocks = [
-            EvoLevitBlock(
-                out_dim, key_dim, num_heads, attn_ratio, mlp_ratio, act_layer, attn_act_layer, drop_path, **dd)
-            for _ in range(depth)
-        ]
-        self.blocks = evolution.EvolvingSequential(
-            *blocks,
-            schedule=schedule,
+        self.downsample = None
+        if in_grid_size is not None:
+            self.downsample = EvoLevitDownsample(
+                in_dim, out_dim, key_dim, tradeoff, num_heads=in_dim // key_dim, attn_ratio=4., resolution=in_grid_size,
+                **kwargs)
+        self.blocks = EvolvingSequential(
+            *[
+                EvoLevitBlock(
+                    out_dim, key_dim, num_heads=num_heads, attn_ratio=attn_ratio, mlp_ratio=mlp_ratio, **kwargs)
+                for _ in range(depth)
+            ],
             tradeoff=[tradeoff] * depth,
             representative_token=representative_token,
         )
-        self.set_schedule(schedule)
 
     @torch.jit.ignore
-    def set_schedule(self, schedule: evolution.Schedule) -> None:
-        """Replace the schedule, weights untouched."""
-        if self.downsample is not None:
-            self.downsample.attn_downsample.live = schedule.live[0]
-            schedule = evolution.Schedule(schedule.keep[1:], schedule.live[1:])
-        self.blocks.set_schedule(schedule)
+    def set_schedule(self, schedule: Schedule, layerwise: Optional[Schedule]) -> None:
+        """Set the schedules of all attentions, the downsampling one first."""
+        first = int(self.downsample is not None)
+        if self.downsample is not None:  # a selection follows in both or in none
+            self.downsample.attn_downsample.needs_class_attention = schedule.needs_class_attention[0]
+        self.blocks.set_schedule(schedule.part(first), None if layerwise is None else layerwise.part(first))
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            attention: Optional[torch.Tensor],
-            tradeoff: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], List[evolution.Selection]]:
+    def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
         """
         Args:
             x: Tokens (B, N, C), the class token first.
-            attention: Global class attention (B, n), if any.
-            tradeoff: Weights, one per attention, that take the place of the fixed one, if given.
+            state: Global class attention and tradeoffs so far, and selections. Updated.
 
         Returns:
-            Tokens, global class attention or None if nothing later reads it, and the selections made.
+            Tokens (B, 1 + h * w, C).
         """
+        if state is None:
+            state = EvolutionState()
         if self.downsample is not None:
-            x, attention = self.downsample(x, attention, None if tradeoff is None else tradeoff[0])
-            tradeoff = None if tradeoff is None else tradeoff[1:]
-        x, attention, _, selections = self.blocks.evolve(x, attention, tradeoff, [])
-        return x, attention, selections
+            x = self.downsample(x, state)
+        return self.blocks(x, state)
 
 
-class EvoLevit(HubModel, training.LayerToStage, Levit):
+class EvoLevit(EvolvingModel, LevitDistilled):
     """LeViT with slow-fast token evolution.
 
     A class token and position embeddings take the place of attention biases. Class attention tells informative patches
@@ -465,74 +340,68 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
             TypeError, ValueError: An argument is of the wrong kind, out of range or of the wrong length.
         """
         dd = {'device': device, 'dtype': dtype}
-        if use_conv:
-            raise ValueError('use_conv=True is not supported: tokens are selected from sequences, not from maps.')
-        if kwargs.get('stem_backbone') is not None:
-            raise ValueError(
-                'stem_backbone is not supported: the grid is known for the stems of stem_type only, s16 and s8.')
-        if isinstance(embed_dim, str) or not isinstance(embed_dim, Sequence):
-            raise TypeError(f'embed_dim must be one width per stage, such as (128, 256, 384), got {embed_dim!r}.')
+        check(not use_conv, 'use_conv', 'False: tokens are selected from sequences, not from maps', use_conv)
+        backbone = kwargs.get('stem_backbone')
+        check(backbone is None, 'stem_backbone', "None: the grid is known for the stems of stem_type, 's16' and 's8'", backbone)
+        check(
+            isinstance(embed_dim, Sequence) and not isinstance(embed_dim, str), 'embed_dim',
+            'one width per stage, such as (128, 256, 384)', embed_dim, TypeError)
         num_stages = len(embed_dim)
-        depth, num_heads, attn_ratio, mlp_ratio = (
-            per_stage(name, value, num_stages) for name, value in (
-                ('depth', depth), ('num_heads', num_heads), ('attn_ratio', attn_ratio), ('mlp_ratio', mlp_ratio)))
+        per_stage = dict(depth=depth, num_heads=num_heads, attn_ratio=attn_ratio, mlp_ratio=mlp_ratio)
+        for name, value in per_stage.items():
+            values = tuple(value) if isinstance(value, Sequence) else (value,) * num_stages
+            check(len(values) == num_stages, name, f'one number or one per stage, {num_stages} by embed_dim', value)
+            per_stage[name] = values
         narrowest = min(embed_dim[:-1] or embed_dim)
-        if not 0 < key_dim <= narrowest:
-            raise ValueError(
-                f'key_dim must be 1 .. {narrowest} for downsampling attentions of embed_dim // key_dim heads, got '
-                f'{key_dim!r}.')
-        evolution.check_flag('representative_token', representative_token)
-        keep_ratio = evolution.check_keep_ratio(keep_ratio, num_stages)
-        fixed_tradeoff = check_tradeoff(tradeoff)
+        check(
+            0 < key_dim <= narrowest, 'key_dim',
+            f'in 1 .. {narrowest} for downsampling attentions of embed_dim // key_dim heads', key_dim)
+        check_flag('representative_token', representative_token)
+        fixed_tradeoff = 0.5
+        if tradeoff != 'learned':
+            check(not isinstance(tradeoff, str), 'tradeoff', "'learned' or a number in [0, 1]", tradeoff)
+            fixed_tradeoff, = check_ratios('tradeoff', tradeoff, 1, 'model', zero=True)
+
         # everything but the stages is timm's: none of its blocks are asked for, its downsampling is replaced
         super().__init__(
             in_chans=in_chans, num_classes=num_classes, embed_dim=embed_dim, key_dim=key_dim, depth=(0,) * num_stages,
-            act_layer=act_layer, num_heads=num_heads, **kwargs, **dd)
+            num_heads=per_stage['num_heads'], act_layer=act_layer, **kwargs, **dd)
         self.img_size = to_2tuple(img_size)
-        self.keep_ratio = keep_ratio
-        self.selection = evolution.check_selection(selection)
-        self.fixed_tradeoff = 0.5 if fixed_tradeoff is None else fixed_tradeoff
-
         grids = grid_sizes(self.img_size, self.feature_info[0]['reduction'], num_stages)
         self.stages = nn.ModuleList([
             EvoLevitStage(
                 embed_dim[max(i - 1, 0)],
                 embed_dim[i],
                 key_dim,
-                depth=depth[i],
-                num_heads=num_heads[i],
-                attn_ratio=attn_ratio[i],
-                mlp_ratio=mlp_ratio[i],
-                act_layer=get_act_layer(act_layer),
-                attn_act_layer=get_act_layer(attn_act_layer or act_layer),
                 in_grid_size=grids[i - 1] if i > 0 else None,
                 grid_size=grids[i],
-                drop_path=drop_path_rate,
-                schedule=schedule,
-                tradeoff=self.fixed_tradeoff,
+                tradeoff=fixed_tradeoff,
                 representative_token=representative_token,
+                act_layer=get_act_layer(act_layer),
+                attn_act_layer=get_act_layer(attn_act_layer or act_layer),
+                drop_path=drop_path_rate,
+                **{name: values[i] for name, values in per_stage.items()},
                 **dd,
             )
-            for i, schedule in enumerate(self._schedules(depth))
+            for i in range(num_stages)
         ])
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim[0], **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grids[0][0] * grids[0][1], embed_dim[0], **dd))
-        num_attentions = sum(depth) + num_stages - 1
-        self.tradeoff = nn.Parameter(torch.empty(num_attentions, **dd)) if fixed_tradeoff is None else None
+        num_attentions = sum(per_stage['depth']) + num_stages - 1
+        self.tradeoff = nn.Parameter(torch.empty(num_attentions, **dd)) if tradeoff == 'learned' else None
+        self.fixed_tradeoff = fixed_tradeoff
 
-        self.assisted_cls = evolution.check_flag('assisted_cls', assisted_cls)
-        self.distilled_training = False  # must set this True to train w/ separate logits for distillation
-        self.assisted_training = False  # must set this True to train w/ the logits of both branches
-        self.reset_classifier(num_classes)
-        self._init_layer_to_stage(layer_to_stage_epochs, selection, device)
-        self.reset_parameters()
+        self._init_evolution(keep_ratio, num_stages, selection, assisted_cls, layer_to_stage_epochs, device)
+        self._reset_cls_heads()
+        self.init_weights(needs_reset=True)
 
     def reset_parameters(self) -> None:
         """Initialize what is not in a submodule."""
-        nn.init.zeros_(self.cls_token)
-        trunc_normal_(self.pos_embed, std=.02)
-        if self.tradeoff is not None:
-            nn.init.zeros_(self.tradeoff)
+        if hasattr(self, 'cls_token'):  # also called by the constructor of timm's class
+            nn.init.zeros_(self.cls_token)
+            trunc_normal_(self.pos_embed, std=.02)
+            if self.tradeoff is not None:
+                nn.init.zeros_(self.tradeoff)
 
     def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
         super()._init_weights(m, needs_reset)
@@ -547,61 +416,40 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
         elif isinstance(m, LevitMlp):
             nn.init.zeros_(m.ln2.bn.weight)
 
-    def _schedules(self, depth: Sequence[int]) -> List[evolution.Schedule]:
-        """The schedule of each stage, cut out of that of all attentions, the downsampling ones included."""
-        starts, ratios, tradeoff, bounds = [], [], [], []
-        for i, num_blocks in enumerate(depth):
-            bounds.append(len(tradeoff))
+    @torch.jit.ignore
+    def _set_schedule(self) -> None:
+        """One schedule of all attentions, the downsampling ones included, is cut into those of the stages."""
+        starts: List[int] = []
+        ratios: List[float] = []
+        tradeoff: List[float] = []
+        bounds: List[Tuple[int, int]] = []
+        for i, stage in enumerate(self.stages):
+            first, num_blocks = len(tradeoff), len(stage.blocks)
             dense = 2  # blocks 0 and 1 of the first stage see all patches
             if i > 0:
                 dense = 0
-                starts.append(len(tradeoff))
+                starts.append(first)
                 ratios.append(1.)
                 tradeoff.append(0.)  # never replaces the global class attention: its sum always remains
             if num_blocks > dense:
                 starts.append(len(tradeoff) + dense)
                 ratios.append(self.keep_ratio[i])
             tradeoff += [self.fixed_tradeoff] * num_blocks
-        selection = 'layer' if self.layerwise_phase else self.selection
-        keep, live = evolution.Schedule.build(tradeoff, starts, ratios, selection)
-        ends = bounds[1:] + [len(tradeoff)]
-        return [evolution.Schedule(keep[a:b], live[a:b]) for a, b in zip(bounds, ends)]
-
-    @torch.jit.ignore
-    def _set_schedule(self) -> None:
-        for stage, schedule in zip(self.stages, self._schedules([len(stage.blocks) for stage in self.stages])):
-            stage.set_schedule(schedule)
-
-    @torch.jit.ignore
-    def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
-        """Change the ratio of informative patches, weights untouched. At 1 the model is its dense twin.
-
-        Args:
-            keep_ratio: Ratio in (0, 1], one for all stages or one per stage.
-
-        Raises:
-            TypeError, ValueError: As at construction; the model is then unchanged.
-        """
-        self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
-        self._set_schedule()
-        self._remember_args(keep_ratio=self.keep_ratio)
+            bounds.append((first, len(tradeoff)))
+        schedule, layerwise = self._build_schedules(tradeoff, starts, ratios)
+        for stage, (first, end) in zip(self.stages, bounds):
+            stage.set_schedule(
+                schedule.part(first, end), None if layerwise is None else layerwise.part(first, end))
 
     @torch.jit.ignore
     def _current_args(self) -> Dict[str, Any]:
         return dict(img_size=self.img_size, in_chans=self.in_chans, global_pool=self.global_pool)
 
     @torch.jit.ignore
-    def set_distilled_training(self, enable: bool = True) -> None:
-        """Return (logits, logits for distillation) in training mode, instead of their mean."""
-        self.distilled_training = enable
-
-    @torch.jit.ignore
-    def set_assisted_training(self, enable: bool = True) -> None:
-        """Return (averaged-patch output, class token output) in training mode, for `AssistedLoss`.
-
-        With `set_distilled_training(True)` as well, each of both is a pair (logits, logits for distillation).
-        """
-        self.assisted_training = enable
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        super().set_grad_checkpointing(enable)
+        for stage in self.stages:
+            stage.blocks.grad_checkpointing = enable
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -609,38 +457,26 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
-        return dict(
-            stem=r'^(?:stem\.|cls_token|pos_embed|tradeoff)',
-            blocks=r'^stages\.(\d+)' if coarse else [
-                (r'^stages\.(\d+)\.downsample', (0,)),
-                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-            ],
-        )
+        return dict(super().group_matcher(coarse), stem=r'^(?:stem\.|cls_token|pos_embed|tradeoff)')
 
     @torch.jit.ignore
-    def get_classifier(self) -> Tuple[nn.Module, ...]:
-        heads = (self.head, self.head_dist)
-        return heads if self.head_cls is None else heads + (self.head_cls, self.head_cls_dist)
+    def get_classifier(self) -> nn.ModuleList:
+        """All heads, as one module."""
+        heads = [self.head, self.head_dist, self.head_cls, self.head_cls_dist]
+        return nn.ModuleList([head for head in heads if head is not None])
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        if global_pool is not None:
-            assert global_pool in ('', 'avg'), 'Only avg pooling (or none) is supported.'
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.head = self._classifier()
-        self.head_dist = self._classifier()
-        # the class token assists averaged patches: without a mean, or a classifier, there is nothing to assist
-        assisted = self.assisted_cls and num_classes > 0 and self.global_pool == 'avg'
-        self.head_cls = self._classifier() if assisted else None
-        self.head_cls_dist = self._classifier() if assisted else None
+        super().reset_classifier(num_classes, global_pool)
+        self._reset_cls_heads()
 
-    def _classifier(self) -> nn.Module:
-        if self.num_classes == 0:
-            return nn.Identity()
-        head = NormLinear(
-            self.num_features, self.num_classes, drop=self.drop_rate,
-            device=self.cls_token.device, dtype=self.cls_token.dtype)
-        return head.train(self.training)
+    def _reset_cls_heads(self) -> None:
+        """Give the class token two heads where it has something to assist: averaged patches, and classes."""
+        self.head_cls: Optional[nn.Module] = None
+        self.head_cls_dist: Optional[nn.Module] = None
+        if self.assisted_cls and self.num_classes > 0 and self.global_pool == 'avg':
+            args = dict(drop=self.drop_rate, **get_device_dtype(self))
+            self.head_cls = NormLinear(self.num_features, self.num_classes, **args).train(self.training)
+            self.head_cls_dist = NormLinear(self.num_features, self.num_classes, **args).train(self.training)
 
     def prune_intermediate_layers(
             self,
@@ -657,50 +493,30 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
         self._set_schedule()
         return take_indices
 
-    def _evolve(
-            self,
-            x: torch.Tensor,
-            indices: List[int],
-            max_index: int,
-    ) -> Tuple[torch.Tensor, List[torch.Tensor], List[List[evolution.Selection]]]:
-        """Image (B, in_chans, H, W) to tokens (B, 1 + n, C) after stage `max_index`, the feature maps (B, C, h, w) of
-        the stages `indices`, and the selections of each stage."""
+    def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, EvolutionState]:
+        """Image (B, in_chans, H, W) to tokens (B, 1 + n, C), and what goes through the stages beside them."""
         check_input_size(x, self.img_size)
         if not self.training:
-            # faster convolutions on a CPU, whose output is a sequence of tokens without a copy; batch statistics,
-            # though, are less exact in this format
-            x = x.contiguous(memory_format=torch.channels_last)
+            # channels last: faster convolutions on a CPU, whose output is a sequence of tokens without a copy; batch
+            # statistics, though, are less exact in this format. vmap knows no memory formats, but it knows permute
+            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         x = self.stem(x).flatten(2).transpose(1, 2)
         cls_token = self.cls_token
         tradeoff: Optional[torch.Tensor] = None
         if self.tradeoff is not None:
-            if not self.layerwise_phase:
+            if not (self.training and self.layerwise_epochs):
                 tradeoff = self.tradeoff.sigmoid()
             if self.training:  # a gradient, of zero, even where no selection depends on a tradeoff
                 cls_token = cls_token + 0. * self.tradeoff.sum()
         x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-
-        attention: Optional[torch.Tensor] = None
-        intermediates: List[torch.Tensor] = []
-        selections: List[List[evolution.Selection]] = []
-        for i, stage in enumerate(self.stages):
-            if i <= max_index:
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x, attention, selected = checkpoint(stage, x, attention, tradeoff)
-                else:
-                    x, attention, selected = stage(x, attention, tradeoff)
-                if tradeoff is not None:
-                    tradeoff = tradeoff[stage.num_attentions:]
-                selections.append(selected)
-                if i in indices:
-                    H, W = stage.grid_size
-                    intermediates.append(
-                        x[:, 1:].reshape(x.shape[0], H, W, x.shape[2]).permute(0, 3, 1, 2).contiguous())
-        return x, intermediates, selections
+        return x, EvolutionState(tradeoff)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Image (B, in_chans, H, W) to tokens (B, 1 + n, C) of the last stage, the class token first."""
-        return self._evolve(x, [], len(self.stages))[0]
+        x, state = self._embed(x)
+        for stage in self.stages:
+            x = stage(x, state)
+        return x
 
     def forward_intermediates(
             self,
@@ -723,46 +539,60 @@ class EvoLevit(HubModel, training.LayerToStage, Levit):
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x, intermediates, _ = self._evolve(x, take_indices, max_index if stop_early else len(self.stages))
+        intermediates: List[torch.Tensor] = []
+        x, state = self._embed(x)
+        for i, stage in enumerate(self.stages):
+            if i <= max_index or not stop_early:
+                x = stage(x, state)
+                if i in take_indices:
+                    H, W = stage.grid_size
+                    intermediates.append(
+                        x[:, 1:].reshape(x.shape[0], H, W, x.shape[2]).permute(0, 3, 1, 2).contiguous())
         if intermediates_only:
             return intermediates
         return x, intermediates
 
     @torch.jit.ignore
-    def forward_selections(self, x: torch.Tensor) -> List[Tuple[evolution.Selection, Tuple[int, int]]]:
+    def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
         """Image (B, in_chans, H, W) to the token selections made in it, each with its grid size.
 
         Blocks are counted through the stages, without downsampling attentions.
         """
-        found, first = [], 0
-        for stage, selections in zip(self.stages, self._evolve(x, [], len(self.stages))[2]):
-            found += [(s._replace(block=first + s.block), stage.grid_size) for s in selections]
+        found: List[Tuple[Selection, Tuple[int, int]]] = []
+        first = 0
+        x, state = self._embed(x)
+        for stage in self.stages:
+            x = stage(x, state)
+            found += [(s._replace(block=first + s.block), stage.grid_size) for s in state.selections[len(found):]]
             first += len(stage.blocks)
         return found
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> Union[torch.Tensor, Tuple[Any, Any]]:
         """Tokens (B, 1 + n, C) to logits (B, num_classes).
 
-        In training mode with an assisted class token, even samples of the batch are answered by the averaged-patch
-        heads and odd samples by the class token heads, see `timm_evovit.training`.
+        In training mode with an assisted class token, a random half of the samples is answered by the averaged-patch
+        heads and the rest by the class token heads, see `timm_evovit.training`. With `set_distilled_training(True)` each
+        of the logits is a pair (logits, logits for distillation) instead of their mean.
         """
         features = x[:, 1:].mean(dim=1) if self.global_pool == 'avg' else x
         if pre_logits:
             return features
         logits, logits_dist = self.head(features), self.head_dist(features)
-        if not self.training:
-            return (logits + logits_dist) / 2
-        if self.head_cls is not None:
+        distilled = self.distilled_training and self.training and not torch.jit.is_scripting()
+        if self.head_cls is not None and self.is_assisted():
             logits_cls, logits_cls_dist = self.head_cls(x[:, 0]), self.head_cls_dist(x[:, 0])
             if self.assisted_training and not torch.jit.is_scripting():
-                if self.distilled_training:
+                if distilled:
                     return (logits, logits_dist), (logits_cls, logits_cls_dist)
-                return (logits + logits_dist) / 2, (logits_cls + logits_cls_dist) / 2
-            logits = training.alternate_heads(logits, logits_cls)
-            logits_dist = training.alternate_heads(logits_dist, logits_cls_dist)
-        if self.distilled_training and not torch.jit.is_scripting():
+                return average_logits(logits, logits_dist), average_logits(logits_cls, logits_cls_dist)
+            if distilled:
+                mixed = training.mix_heads(
+                    torch.stack([logits, logits_dist], dim=1), torch.stack([logits_cls, logits_cls_dist], dim=1))
+                return mixed[:, 0], mixed[:, 1]
+            return training.mix_heads(average_logits(logits, logits_dist), average_logits(logits_cls, logits_cls_dist))
+        if distilled:
             return logits, logits_dist
-        return (logits + logits_dist) / 2
+        return average_logits(logits, logits_dist)
 
 
 def _create_evo_levit(
@@ -806,16 +636,16 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'evo_levit_128s.evovit_in1k': _cfg(**published('evo_levit_128s')),
-    'evo_levit_128.evovit_in1k': _cfg(**published('evo_levit_128')),
-    'evo_levit_192.evovit_in1k': _cfg(**published('evo_levit_192')),
-    'evo_levit_256.evovit_in1k': _cfg(**published('evo_levit_256')),
-    'evo_levit_384.evovit_in1k': _cfg(**published('evo_levit_384')),
+    'evo_levit_128s.evovit_in1k': _cfg(**published_cfg('evo_levit_128s')),
+    'evo_levit_128.evovit_in1k': _cfg(**published_cfg('evo_levit_128')),
+    'evo_levit_192.evovit_in1k': _cfg(**published_cfg('evo_levit_192')),
+    'evo_levit_256.evovit_in1k': _cfg(**published_cfg('evo_levit_256')),
+    'evo_levit_384.evovit_in1k': _cfg(**published_cfg('evo_levit_384')),
     'evo_levit_128s_384.untrained': _cfg(input_size=(3, 384, 384)),
     'evo_levit_128_384.untrained': _cfg(input_size=(3, 384, 384)),
     'evo_levit_192_384.untrained': _cfg(input_size=(3, 384, 384)),
-    'evo_levit_256_384.evovit_in1k': _cfg(input_size=(3, 384, 384), **published('evo_levit_256_384')),
-    'evo_levit_384_384.evovit_in1k': _cfg(input_size=(3, 384, 384), **published('evo_levit_384_384')),
+    'evo_levit_256_384.evovit_in1k': _cfg(input_size=(3, 384, 384), **published_cfg('evo_levit_256_384')),
+    'evo_levit_384_384.evovit_in1k': _cfg(input_size=(3, 384, 384), **published_cfg('evo_levit_384_384')),
 })
 
 

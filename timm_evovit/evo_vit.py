@@ -2,9 +2,10 @@
 
 Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390
 """
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, TypeVar, Union
+import copy
+from itertools import chain
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, TypeVar, Union, overload
 
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -13,68 +14,53 @@ from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from . import evolution
+from . import evolution  # FX finds wrapped functions as attributes of their module
+from .base import EvolvingModel, check, check_flag, check_ratios, is_number
+from .evolution import EvolutionState, EvolvingSequential, Selection
 
 __all__ = [
-    'EvoAttention', 'EvoBlock', 'Evolving', 'EvolvedVisionTransformer', 'EvolvedVisionTransformerDistilled', 'evolve',
-    'evolve_model',
+    'EvoAttention', 'EvoBlock', 'EvolvedVisionTransformer', 'EvolvedVisionTransformerDistilled', 'EvolvingVit', 'evolve',
 ]
 
 M = TypeVar('M', bound=nn.Module)
 
 
 class EvoAttention(Attention):
-    """timm's Attention, which can also return class attention."""
+    """timm's Attention, which can also write class attention."""
 
-    def forward(self, x: torch.Tensor, class_attention: bool = False):  # TorchScript infers the return type
+    def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
         """
         Args:
             x: Tokens (B, N, C), the class token first.
-            class_attention: Return class attention over all tokens, (B, N), beside the output (B, N, C).
+            state: Receives class attention over all tokens, (B, N).
         """
-        if class_attention and not torch.jit.is_scripting():
-            return self.forward_class_attention(x)
-        return self._attend(x)[0]
-
-    def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The same, with class attention, for TorchScript."""
-        x, q, k = self._attend(x)
-        return x, evolution.class_attention(evolution.class_scores(q, k, self.scale))
-
-    def _attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Output (B, N, C), queries and keys (B, heads, N, d)."""
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
+        if state is not None:
+            state.class_attn = evolution.class_attention(evolution.class_scores(q, k, self.scale))
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
         else:
             x = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
         x = self.norm(x.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim))
-        return self.proj_drop(self.proj(x)), q, k
+        return self.proj_drop(self.proj(x))
 
 
 class EvoBlock(Block):
-    """timm's Block, which can also return the class attention of its attention layer."""
+    """timm's Block, which can also write the class attention of its attention layer."""
 
-    def forward(self, x: torch.Tensor, class_attention: bool = False):  # TorchScript infers the return type
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.grid = nn.Identity()  # called with the complete tokens where an evolution stage starts at this block
+
+    def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
         """
         Args:
             x: Tokens (B, N, C), the class token first.
-            class_attention: Return class attention over all tokens, (B, N), beside the tokens.
+            state: Receives class attention over all tokens, (B, N).
         """
-        if torch.jit.is_scripting() or not class_attention:
-            return self._residual(x, self.attn(self.norm1(x)))
-        attn, row = self.attn(self.norm1(x), class_attention=True)
-        return self._residual(x, attn), row
-
-    def forward_class_attention(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The same, with class attention, for TorchScript."""
-        attn, row = self.attn.forward_class_attention(self.norm1(x))
-        return self._residual(x, attn), row
-
-    def _residual(self, x: torch.Tensor, attn: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.ls1(attn))
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), state)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -88,69 +74,57 @@ def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
         raise ValueError('attn_mask and is_causal are not supported: a mask cannot follow the selected tokens.')
 
 
-class Evolving(nn.Module):
+class EvolvingVit(EvolvingModel):
     """Slow-fast token evolution of a VisionTransformer, to be inherited from before it.
 
     The complete patch grid is there, in raster order, wherever anything outside the blocks looks.
     """
-    layerwise_phase: bool = False  # select layer-wise for now, whatever `selection` says
 
-    def _init_evolution(
+    def _evolve_blocks(
             self,
             keep_ratio: Union[float, Sequence[float]],
             stages: Optional[Sequence[int]],
             tradeoff: Optional[Union[float, Sequence[float]]],
             selection: str,
             representative_token: bool,
+            **kwargs: Any,
     ) -> None:
         """Check the arguments and make the blocks of the dense model, which must be of type EvoBlock, evolve."""
         depth = len(self.feature_info)  # as built; features_only may have pruned blocks since
         if stages is None:
             stages = sorted({depth // 3, 2 * depth // 3} - {0})
-        self.stages = evolution.check_stages(stages, depth)
+        starts = (stages,) if is_number(stages) else stages
+        check(
+            isinstance(starts, Sequence) and all(is_number(s, int) for s in starts), 'stages',
+            'block indices such as (4, 8)', stages, TypeError)
+        check(
+            all(0 < s < depth for s in starts), 'stages', f'in 1 .. {depth - 1} for a model of {depth} blocks', stages)
+        check(all(a < b for a, b in zip(starts, starts[1:])), 'stages', 'in ascending order', stages)
+        self.stage_starts = tuple(starts)
         if tradeoff is None:
-            first = self.stages[0] if self.stages else depth
+            first = self.stage_starts[0] if self.stage_starts else depth
             tradeoff = (1.,) * first + (0.5,) * (depth - first)
-        self.tradeoff = evolution.check_tradeoff(tradeoff, depth)
-        self.selection = evolution.check_selection(selection)
-        self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
-        evolution.check_flag('representative_token', representative_token)
-        self._cut()
-        self.blocks = evolution.EvolvingSequential(
+        self.fixed_tradeoff = check_ratios('tradeoff', tradeoff, depth, 'block', zero=True)
+        self.blocks = EvolvingSequential(
             *self.blocks,
-            schedule=self._schedule(),
-            tradeoff=self.tradeoff,
+            tradeoff=self.fixed_tradeoff[:len(self.blocks)],
             num_prefix_tokens=self.num_prefix_tokens,
-            representative_token=representative_token,
+            representative_token=check_flag('representative_token', representative_token),
         )
+        self._init_evolution(keep_ratio, len(self.stage_starts), selection, **kwargs)
+        self._truncate_to_depth()
 
-    def _cut(self) -> None:
-        """Forget what is said of blocks that are no longer there."""
+    def _truncate_to_depth(self) -> None:
+        """Drop the settings of blocks that are no longer there."""
         depth = len(self.blocks)
-        self.stages = tuple(s for s in self.stages if s < depth)
-        self.keep_ratio = self.keep_ratio[:len(self.stages)]
-        self.tradeoff = self.tradeoff[:depth]
-
-    def _schedule(self) -> evolution.Schedule:
-        selection = 'layer' if self.layerwise_phase else self.selection
-        return evolution.Schedule.build(self.tradeoff, self.stages, self.keep_ratio, selection)
+        self.stage_starts = tuple(s for s in self.stage_starts if s < depth)
+        self.keep_ratio = self.keep_ratio[:len(self.stage_starts)]
+        self.fixed_tradeoff = self.fixed_tradeoff[:depth]
+        self._set_schedule()
 
     @torch.jit.ignore
     def _set_schedule(self) -> None:
-        self.blocks.set_schedule(self._schedule())
-
-    @torch.jit.ignore
-    def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
-        """Change the ratio of informative patches, weights untouched. At 1 the model is its dense twin.
-
-        Args:
-            keep_ratio: Ratio in (0, 1], one for all evolution stages or one per stage.
-
-        Raises:
-            TypeError, ValueError: As at construction; the model is then unchanged.
-        """
-        self.keep_ratio = evolution.check_keep_ratio(keep_ratio, len(self.stages))
-        self._set_schedule()
+        self.blocks.set_schedule(*self._build_schedules(self.blocks.tradeoff, self.stage_starts, self.keep_ratio))
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -164,8 +138,7 @@ class Evolving(nn.Module):
             prune_head: bool = True,
     ) -> List[int]:
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self._cut()
-        self._set_schedule()
+        self._truncate_to_depth()
         return take_indices
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
@@ -220,11 +193,13 @@ class Evolving(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
         height, width = x.shape[-2:]
+        state = EvolutionState(take_indices=take_indices)
         x = self._embed(x)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
-            x, intermediates = self.blocks.forward_intermediates(x, take_indices)
+            x = self.blocks(x, state)
         else:
-            x, intermediates = self.blocks[:max_index + 1].forward_intermediates(x, take_indices)
+            x = self.blocks[:max_index + 1](x, state)
+        intermediates = state.intermediates
         if norm:
             intermediates = [self.norm(y) for y in intermediates]
         prefix_tokens = [y[:, :self.num_prefix_tokens] for y in intermediates]
@@ -247,10 +222,11 @@ class Evolving(nn.Module):
         return self.norm(x), intermediates
 
     @torch.jit.ignore
-    def forward_selections(self, x: torch.Tensor) -> List[Tuple[evolution.Selection, Tuple[int, int]]]:
-        """Image (B, in_chans, H, W) to the token selections made in it, each with its grid size."""
+    def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
         grid_size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        return [(s, grid_size) for s in self.blocks.evolve(self._embed(x), None, None, [])[3]]
+        state = EvolutionState()
+        self.blocks(self._embed(x), state)
+        return [(s, grid_size) for s in state.selections]
 
     def forward(
             self,
@@ -261,29 +237,29 @@ class Evolving(nn.Module):
         return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
 
-class EvolvedVisionTransformer(Evolving, VisionTransformer):
+class EvolvedVisionTransformer(EvolvingVit, VisionTransformer):
     """What `evolve` makes of a VisionTransformer."""
 
 
-class EvolvedVisionTransformerDistilled(Evolving, VisionTransformerDistilled):
+class EvolvedVisionTransformerDistilled(EvolvingVit, VisionTransformerDistilled):
     """What `evolve` makes of a VisionTransformerDistilled."""
 
 
-_evolved = {
+EVOLVED: Dict[Type[nn.Module], Type[EvolvingVit]] = {
     VisionTransformer: EvolvedVisionTransformer,
     VisionTransformerDistilled: EvolvedVisionTransformerDistilled,
 }
 
 
-def _share(module: nn.Module, cls: Type[M]) -> M:
-    """A module of class `cls` that has all that `module` has: the same parameters and buffers, the same in its modules."""
-    shared = cls.__new__(cls)
-    shared.__dict__.update((k, v.copy() if isinstance(v, dict) else v) for k, v in module.__dict__.items())
-    shared._modules.update((k, _share(m, type(m))) for k, m in module._modules.items() if m is not None)
-    return shared
+def _copy_as(module: nn.Module, cls: Type[M], memo: Dict[int, Any]) -> M:
+    """A deep copy of a module as one of a subclass, also in the place of the module in later copies with `memo`."""
+    out = cls.__new__(cls)
+    out.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    memo[id(module)] = out
+    return out
 
 
-def _evolving_block(block: nn.Module, name: str) -> EvoBlock:
+def _copy_block(block: nn.Module, name: str, memo: Dict[int, Any]) -> None:
     if type(block) is not Block:
         raise TypeError(f"{name} must be timm's Block, got {type(block).__name__}: its class attention is not known.")
     if type(block.attn) is not Attention:
@@ -291,20 +267,33 @@ def _evolving_block(block: nn.Module, name: str) -> EvoBlock:
             f"{name}.attn must be timm's Attention, got {type(block.attn).__name__}: its class attention is not known.")
     if getattr(block.attn, 'gate', None) is not None:
         raise TypeError(f'{name}.attn is gated, which EvoAttention is not.')
-    evolving = _share(block, EvoBlock)
-    evolving.attn = _share(block.attn, EvoAttention)
-    return evolving
+    _copy_as(block.attn, EvoAttention, memo)
+    _copy_as(block, EvoBlock, memo).grid = nn.Identity()
+
+
+@overload
+def evolve(
+        model: FeatureGetterNet, keep_ratio: Union[float, Sequence[float]] = ..., stages: Optional[Sequence[int]] = ...,
+        representative_token: bool = ..., *, tradeoff: Optional[Union[float, Sequence[float]]] = ...,
+        selection: str = ...) -> FeatureGetterNet: ...
+
+
+@overload
+def evolve(
+        model: nn.Module, keep_ratio: Union[float, Sequence[float]] = ..., stages: Optional[Sequence[int]] = ...,
+        representative_token: bool = ..., *, tradeoff: Optional[Union[float, Sequence[float]]] = ...,
+        selection: str = ...) -> EvolvingVit: ...
 
 
 def evolve(
-        model: nn.Module,
-        keep_ratio: Union[float, Sequence[float]] = 0.5,
-        stages: Optional[Sequence[int]] = None,
-        representative_token: bool = True,
+        model,
+        keep_ratio=0.5,
+        stages=None,
+        representative_token=True,
         *,
-        tradeoff: Optional[Union[float, Sequence[float]]] = None,
-        selection: str = 'stage',
-) -> nn.Module:
+        tradeoff=None,
+        selection='stage',
+):
     """Make a Vision Transformer of timm faster by slow-fast token evolution, without training.
 
     The evolving model and the one given hold the same parameters and buffers, under the same names: training, casting
@@ -328,46 +317,22 @@ def evolve(
             wrong kind.
         ValueError: The model has no class token, or an argument is out of range or of the wrong length.
     """
+    args = dict(
+        keep_ratio=keep_ratio, stages=stages, tradeoff=tradeoff, selection=selection,
+        representative_token=representative_token)
     if isinstance(model, FeatureGetterNet):
-        features = _share(model, FeatureGetterNet)
-        features.model = evolve(
-            model.model, keep_ratio, stages, representative_token, tradeoff=tradeoff, selection=selection)
-        return features
-    if isinstance(model, Evolving):
+        return copy.deepcopy(model, {id(model.model): evolve(model.model, **args)})
+    if isinstance(model, EvolvingModel):
         raise TypeError(f'{type(model).__name__} evolves already; set_keep_ratio changes how many patches it keeps.')
-    if type(model) not in _evolved:
+    if type(model) not in EVOLVED:
         raise TypeError(
             f"evolve takes timm's VisionTransformer or VisionTransformerDistilled, got {type(model).__name__}.")
     if model.cls_token is None:
         raise ValueError('The model has no class token, and so no class attention to select tokens by.')
-    evolved = _share(model, _evolved[type(model)])
-    evolved.blocks = nn.Sequential(*(_evolving_block(b, f'blocks.{i}') for i, b in enumerate(model.blocks)))
-    evolved._init_evolution(keep_ratio, stages, tradeoff, selection, representative_token)
+    memo: Dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}  # shared, not copied
+    for i, block in enumerate(model.blocks):
+        _copy_block(block, f'blocks.{i}', memo)
+    evolved = _copy_as(model, EVOLVED[type(model)], memo)
+    evolved._evolve_blocks(**args)
     evolved.set_grad_checkpointing(model.grad_checkpointing)
     return evolved
-
-
-def evolve_model(
-        model_name: str,
-        pretrained: bool = False,
-        *,
-        keep_ratio: Union[float, Sequence[float]] = 0.5,
-        stages: Optional[Sequence[int]] = None,
-        representative_token: bool = True,
-        tradeoff: Optional[Union[float, Sequence[float]]] = None,
-        selection: str = 'stage',
-        **kwargs: Any,
-) -> nn.Module:
-    """`timm.create_model` and `evolve` in one call.
-
-    Args:
-        model_name: Vision Transformer, by any name that timm takes.
-        pretrained: Load pretrained weights.
-        keep_ratio, stages, representative_token, tradeoff, selection: Arguments of `evolve`.
-        **kwargs: Arguments of `timm.create_model`.
-
-    Raises:
-        TypeError, ValueError: As `evolve`.
-    """
-    model = timm.create_model(model_name, pretrained, **kwargs)
-    return evolve(model, keep_ratio, stages, representative_token, tradeoff=tradeoff, selection=selection)

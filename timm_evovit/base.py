@@ -1,0 +1,291 @@
+"""What every evolving model shares: keep ratio, schedule, epochs, training switches, saved arguments."""
+from collections.abc import Sequence as SequenceABC
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
+
+import timm.models
+import torch
+from torch import nn
+from timm.models._features import FeatureGetterNet
+
+from .checkpoints import rename_authors
+from .evolution import Schedule, Selection
+
+__all__ = ['EvolvingModel', 'InformativeTokens', 'eval_mode', 'informative_tokens']
+
+
+def check(ok: bool, name: str, wanted: str, value: Any, error: Type[Exception] = ValueError) -> None:
+    """
+    Raises:
+        ValueError: Not `ok`, or whatever `error` is.
+    """
+    if not ok:
+        raise error(f'{name} must be {wanted}, got {value!r}.')
+
+
+def is_number(value: Any, kind: Any = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Reject strings such as 'false', which are truthy."""
+    check(isinstance(value, bool), name, 'True or False', value, TypeError)
+    return value
+
+
+def check_epochs(name: str, value: int) -> int:
+    """A number of epochs."""
+    check(is_number(value, Integral), name, 'a number of epochs such as 200', value, TypeError)
+    check(value >= 0, name, '0 or more epochs', value)
+    return int(value)
+
+
+def check_ratios(name: str, value: Any, count: int, per: str, zero: bool = False) -> Tuple[float, ...]:
+    """One ratio in (0, 1], or in [0, 1] with `zero`, for each stage or block, given so or as one number for all."""
+    span = '[0, 1]' if zero else '(0, 1]'
+    values = (value,) * count if is_number(value) else value
+    listed = isinstance(values, SequenceABC) and not isinstance(values, str) and all(map(is_number, values))
+    check(listed, name, f'a number in {span} or one per {per}', value, TypeError)
+    check(len(values) == count, name, f'one number or {count}, one per {per}', value)
+    check(all(0 <= v <= 1 and (zero or v > 0) for v in values), name, f'in {span}', value)
+    return tuple(float(v) for v in values)
+
+
+class EvolvingModel(nn.Module):
+    """A model with slow-fast token evolution, to be inherited from before a model of timm.
+
+    Which schedule is in use follows from the `training` flag of the sequences of blocks and from the epoch. In the first
+    `layer_to_stage_epochs` epochs of training tokens are selected before every block, from then on, and in evaluation
+    always, as `selection` says (paper section 'Layer-to-stage training schedule'). Each call of `train()` counts as the
+    start of an epoch, as in timm's scripts, in a buffer that is saved with the weights. A loop that calls it more or less
+    often uses `set_epoch`. TorchScript keeps the epoch at which a model is scripted.
+    """
+    epochs_started: Optional[torch.Tensor]
+
+    def _init_evolution(
+            self,
+            keep_ratio: Union[float, Sequence[float]],
+            num_stages: int,
+            selection: str = 'stage',
+            assisted_cls: bool = False,
+            layer_to_stage_epochs: int = 0,
+            device: Any = None,
+    ) -> None:
+        """Check and keep the arguments. The blocks must be there."""
+        self.keep_ratio = check_ratios('keep_ratio', keep_ratio, num_stages, 'evolution stage')
+        check(selection in ('stage', 'layer'), 'selection', "'stage' or 'layer'", selection)
+        self.selection = selection
+        self.assisted_cls = check_flag('assisted_cls', assisted_cls)
+        self.head_cls = None
+        self.assisted_training = False  # must set this True to train w/ both heads' logits
+        self.layer_to_stage_epochs = check_epochs('layer_to_stage_epochs', layer_to_stage_epochs)
+        check(
+            not layer_to_stage_epochs or selection == 'stage', 'selection',
+            f"'stage', which layer_to_stage_epochs={layer_to_stage_epochs} leads to", selection)
+        self._count_epochs = True
+        # without the schedule there is no buffer: the state dict is the same as that of a model without this feature
+        epochs = torch.zeros((), dtype=torch.int64, device=device) if layer_to_stage_epochs else None
+        self.register_buffer('epochs_started', epochs)
+        self._update_schedule()
+
+    # -- keep ratio and schedule
+
+    @torch.jit.ignore
+    def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
+        """Change the ratio of informative patches, weights untouched. At 1 the model is its dense baseline.
+
+        Args:
+            keep_ratio: Ratio in (0, 1], one for all evolution stages or one per stage.
+
+        Raises:
+            TypeError, ValueError: As at construction; the model is then unchanged.
+        """
+        self.keep_ratio = check_ratios('keep_ratio', keep_ratio, len(self.keep_ratio), 'evolution stage')
+        self._remember_args(keep_ratio=self.keep_ratio)
+        self._set_schedule()
+
+    @torch.jit.ignore
+    def _set_schedule(self) -> None:
+        """Give each sequence of blocks the schedules that `_build_schedules` lays out; the model's part."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def _build_schedules(
+            self,
+            tradeoff: Sequence[float],
+            stages: Sequence[int],
+            keep_ratio: Sequence[float],
+    ) -> Tuple[Schedule, Optional[Schedule]]:
+        """The schedule, and the one that takes its place in training mode, if any."""
+        schedule = Schedule.build(tradeoff, stages, keep_ratio, self.selection)
+        return schedule, Schedule.build(tradeoff, stages, keep_ratio, 'layer') if self.layerwise_epochs else None
+
+    # -- epochs
+
+    @property
+    @torch.jit.unused
+    def layerwise_phase(self) -> bool:
+        """Whether tokens are selected before every block at the moment, whatever `selection` says."""
+        return self.training and self.layerwise_epochs
+
+    @torch.jit.ignore
+    def _update_schedule(self) -> None:
+        count = self.epochs_started
+        self.layerwise_epochs = count is not None and (count.is_meta or int(count) <= self.layer_to_stage_epochs)
+        self._set_schedule()
+
+    @torch.jit.ignore
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, and from here on do not count the calls of `train()`.
+
+        Args:
+            epoch: Index of the epoch, from 0.
+
+        Raises:
+            TypeError, ValueError: Not a number of epochs.
+        """
+        epoch = check_epochs('epoch', epoch)
+        self._count_epochs = False
+        if self.epochs_started is not None:
+            self.epochs_started.fill_(epoch + 1)
+            self._update_schedule()
+
+    def train(self, mode: bool = True) -> 'EvolvingModel':
+        super().train(mode)
+        if mode and self.epochs_started is not None and self._count_epochs:
+            self.epochs_started.add_(1)
+            self._update_schedule()
+        return self
+
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().init_weights(*args, **kwargs)
+        if getattr(self, 'epochs_started', None) is not None:  # also called while the model is built
+            self.epochs_started.zero_()
+            self._update_schedule()
+
+    # -- training with two heads
+
+    @torch.jit.ignore
+    def set_assisted_training(self, enable: bool = True) -> None:
+        """Return (averaged-patch logits, class token logits) in training mode, for `AssistedLoss`."""
+        self.assisted_training = enable
+
+    def is_assisted(self) -> bool:
+        """Whether the class token is classified too: in training mode, unless its head is frozen.
+
+        A script that freezes everything but `get_classifier()` trains the averaged-patch head only. TorchScript cannot
+        look at that: a scripted model trains both.
+        """
+        if not self.training or self.head_cls is None:
+            return False
+        if torch.jit.is_scripting():
+            return True
+        return any(p.requires_grad for p in self.head_cls.parameters())
+
+    # -- saving and loading
+
+    @property
+    @torch.jit.unused
+    def model_args(self) -> Dict[str, Any]:
+        """Arguments that make `timm.create_model` build this model as it is now.
+
+        timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them. Not among them are
+        where and for how many classes the model is built, and drop rates.
+        """
+        other = ('device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_model_args', 'pretrained_strict', 'weight_init')
+        args = {**getattr(self, '_model_args', {}), **self._current_args()}
+        return {k: v for k, v in args.items() if k not in other and not k.endswith('_rate')}
+
+    @torch.jit.ignore
+    def _current_args(self) -> Dict[str, Any]:
+        """Arguments that timm's own methods may have changed since construction; the model's part."""
+        return {}
+
+    @torch.jit.ignore
+    def _remember_args(self, **args: Any) -> None:
+        """Record arguments in the attribute in which newer versions of timm record and look for them."""
+        self._model_args = {**getattr(self, '_model_args', {}), **args}
+
+    @torch.jit.ignore
+    def push_to_hf_hub(self, repo_id: str, *, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> Any:
+        """Upload with timm's function of this name, `model_args` included.
+
+        Args:
+            repo_id: Repository on the Hub, 'organisation/name'.
+            model_args: Arguments that take the place of the model's own.
+            **kwargs: Arguments of timm's function.
+        """
+        return timm.models.push_to_hf_hub(self, repo_id, model_args={**self.model_args, **(model_args or {})}, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        # the authors' files load like timm's own where no filter comes first: `validate.py --checkpoint`
+        own = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        renamed = rename_authors(own)
+        if renamed is not own:
+            for key in own:
+                del state_dict[prefix + key]
+            state_dict.update((prefix + k, v) for k, v in renamed.items())
+        # weights fit with a count of epochs and without one
+        key, count = prefix + 'epochs_started', self.epochs_started
+        if count is None:
+            state_dict.pop(key, None)
+        else:
+            state_dict.setdefault(key, torch.zeros((), dtype=torch.int64) if count.is_meta else count)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._update_schedule()
+
+    # -- what a model selects
+
+    @torch.jit.ignore
+    def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
+        """Image (B, in_chans, H, W) to the token selections made in it, each with its grid size; the model's part."""
+        raise NotImplementedError
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while. Afterwards each module is in its own mode again, and no epoch has been counted."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class InformativeTokens(NamedTuple):
+    """One token selection, on the grid of patches."""
+    block: int  # the first block that runs on the informative tokens only
+    mask: torch.Tensor  # (B, H, W) bool, True where a patch is informative
+    attention: torch.Tensor  # (B, H, W) global class attention that decided
+
+
+@torch.no_grad()
+def informative_tokens(model: nn.Module, images: torch.Tensor) -> List[InformativeTokens]:
+    """Find out which patches a model calls informative.
+
+    Args:
+        model: Evolving model, also one that `features_only=True` has wrapped. Used in evaluation mode and left as it was.
+        images: (B, in_chans, H, W), transformed as the model wants them.
+
+    Returns:
+        One entry per token selection, in order.
+
+    Raises:
+        TypeError: The model does not evolve tokens.
+    """
+    if isinstance(model, FeatureGetterNet):
+        model = model.model
+    if not hasattr(model, 'forward_selections'):  # a compiled model has it too
+        raise TypeError(
+            f'{type(model).__name__} does not evolve tokens. Evolving models are those of timm.list_models("evo_*"), and '
+            f'timm_evovit.evolve makes one of a Vision Transformer.')
+    found = []
+    with eval_mode(model):
+        for selection, grid_size in model.forward_selections(images):
+            mask = torch.zeros_like(selection.global_attn, dtype=torch.bool).scatter(1, selection.keep_idx, True)
+            found.append(InformativeTokens(
+                selection.block, mask.unflatten(1, grid_size), selection.global_attn.unflatten(1, grid_size)))
+    return found

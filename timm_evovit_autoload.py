@@ -1,0 +1,66 @@
+"""Make timm find plugin models by itself.
+
+PyTorch loads the entry points of the group `torch.backends` at the end of `import torch`, and timm imports PyTorch before
+`timm.models`. `autoload`, declared there, waits for `timm.models` and then loads every entry point of the group
+`timm.models`, which are modules that register models. This module is outside the package because the package imports
+timm, which `import torch` must not.
+"""
+import sys
+import warnings
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+TARGET = 'timm.models'
+
+
+def _warn(what: str, error: BaseException) -> None:
+    try:
+        warnings.warn(f'{what} could not be loaded: {error!r}', stacklevel=3)
+    except Warning as w:  # python -W error
+        print(w, file=sys.stderr)
+
+
+def _load_plugins() -> None:
+    """Load all plugins. One that fails costs a warning and neither timm nor the other plugins."""
+    for entry_point in entry_points(group=TARGET):
+        try:
+            entry_point.load()
+        except (Exception, SystemExit) as e:
+            _warn(f'timm plugin {entry_point.name} ({entry_point.value})', e)
+
+
+class _Finder:
+    """Finds `timm.models` once, with a loader that loads the plugins afterwards."""
+
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        if fullname != TARGET:
+            return None
+        sys.meta_path.remove(cls)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            loader, exec_module = spec.loader, spec.loader.exec_module
+
+            def exec_module_and_plugins(module):
+                del loader.exec_module  # the loader's own method again
+                exec_module(module)
+                _guard(_load_plugins)
+
+            loader.exec_module = exec_module_and_plugins
+        return spec
+
+
+def _guard(function) -> None:
+    """Nothing that fails here may make an import of torch or timm fail."""
+    try:
+        function()
+    except (Exception, SystemExit) as e:
+        _warn('timm plugins', e)
+
+
+def autoload() -> None:
+    """Load the plugins once `timm.models` is imported. PyTorch calls this, once per process."""
+    if TARGET in sys.modules:
+        _guard(_load_plugins)
+    elif _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
