@@ -12,7 +12,7 @@ from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounter
 
 from timm_evovit import evolve, informative_tokens
-from timm_evovit.visualize import InformativeTokens
+from timm_evovit.base import InformativeTokens
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'examples'))
 import export_onnx  # noqa: E402

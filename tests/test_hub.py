@@ -336,7 +336,7 @@ def test_convert_and_upload(hub):
     weights = build_deit(num_classes=1000, mlp_ratio=4).state_dict()
     torch.save({'model': as_authors_name_it(weights)}, hub.folder / 'authors.pth')
     out = hub('''
-    from timm_evovit.cli import main
+    from timm_evovit.tools.cli import main
     assert main(['convert', 'evo_deit_tiny', f'{folder}/authors.pth', '--output', f'{folder}/out', '--push-to-hub',
                  'somebody/evo', '--model-kwargs', *[f'{k}={v}' for k, v in TINY.items()]]) == 0
     models = [timm.create_model(name, pretrained=True) for name in (f'local-dir:{folder}/out', 'hf-hub:somebody/evo')]

@@ -112,7 +112,7 @@ def test_train_with_everything_on(digits, tmp_path):
 def test_files_of_the_authors(digits, tmp_path):
     """And converted ones, wherever the scripts take a file."""
     from test_checkpoints import as_authors_name_it
-    from timm_evovit.cli import main
+    from timm_evovit.tools.cli import main
     common = ['--data-dir', digits, '--device', 'cpu', '--workers', 1, '--num-classes', 10, '--img-size', 32]
     model = ['--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL, 'weight_init=jax']
     train = [*LEARN, '--epochs', 1, '--output', tmp_path]

@@ -2,16 +2,15 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import timm
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from timm.utils import ParseKwargs
 from tqdm import tqdm
 
-from .convert import convert, count_classes, read_checkpoint, select_weights, upload
-from .evo_vit import evolve
+from ..evo_vit import evolve
+from .convert import convert, count_classes, read_weights, upload
 from .visualize import find_images, sheet, visualize
 
 __all__ = ['main']
@@ -20,25 +19,19 @@ __all__ = ['main']
 def _convert(args: argparse.Namespace) -> int:
     if args.push_to_hub:
         validate_repo_id(args.push_to_hub)
-    conversion = convert(args.model, args.checkpoint, args.output, args.use_ema, args.model_kwargs)
-    print(conversion.report())
+    print(convert(args.model, args.checkpoint, args.output, args.use_ema, args.model_kwargs))
     if args.push_to_hub:
-        upload(conversion, args.push_to_hub)
+        upload(args.output, args.push_to_hub)
         print(f"{args.push_to_hub}: uploaded, timm.create_model('hf-hub:{args.push_to_hub}', pretrained=True)")
     return 0
 
 
 def _visualize(args: argparse.Namespace) -> int:
-    paths = find_images(args.images, leave_out=args.output)
-    for path in paths:
-        if path.resolve().parent == args.output.resolve():
-            raise ValueError(f'{path} is in {args.output}, where drawings are written to; name another --output.')
-    kwargs = dict(args.model_kwargs)
-    for key in ('img_size', 'num_classes'):
-        if getattr(args, key) is not None:
-            kwargs[key] = getattr(args, key)
+    paths = find_images(args.images, args.output)
+    sizes = {k: getattr(args, k) for k in ('img_size', 'num_classes') if getattr(args, k) is not None}
+    kwargs = {**args.model_kwargs, **sizes}
     if args.checkpoint:
-        _, weights = select_weights(read_checkpoint(args.checkpoint), False, args.checkpoint)
+        _, weights = read_weights(args.checkpoint)
         if classes := count_classes(weights):
             kwargs.setdefault('num_classes', classes)
         kwargs['pretrained_cfg_overlay'] = dict(
@@ -46,19 +39,19 @@ def _visualize(args: argparse.Namespace) -> int:
     trained = args.pretrained or bool(args.checkpoint)
     if not trained:
         print('timm-evovit: the weights are random; --pretrained or --checkpoint give others', file=sys.stderr)
-    model = timm.create_model(args.model, pretrained=trained, **kwargs)
+    model: Any = timm.create_model(args.model, pretrained=trained, **kwargs)
     model = (model if hasattr(model, 'forward_selections') else evolve(model)).to(args.device)
 
     args.output.mkdir(parents=True, exist_ok=True)
     drawings, unread, names = [], 0, {'sheet'}
-    for path, drawing in tqdm(
-            visualize(model, paths, args.attention, classes=trained), total=len(paths), unit='image', disable=None):
-        if isinstance(drawing, OSError):
+    progress = tqdm(visualize(model, paths, args.attention, trained), total=len(paths), unit='image', disable=None)
+    for path, drawing in progress:
+        if isinstance(drawing, Exception):
             tqdm.write(f'timm-evovit: {path} is skipped: {drawing}', file=sys.stderr)
             unread += 1
             continue
         name, count = path.stem, 1
-        while name in names:  # files of the same name in several folders
+        while name in names:  # images of the same name in several folders
             count += 1
             name = f'{path.stem}-{count}'
         names.add(name)
@@ -76,38 +69,36 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
 
     command = commands.add_parser(
-        'convert', help="authors' checkpoint to a folder that timm loads",
+        'convert', help="convert the authors' checkpoints to folders that timm loads",
         description="Convert a checkpoint of the authors' code to model.safetensors, config.json and a model card, for "
                     "timm.create_model('local-dir:DIR', pretrained=True). No code in a checkpoint is run.")
     command.set_defaults(run=_convert)
-    command.add_argument('model', metavar='MODEL', help='name of the model, evo_deit_small_patch16_224 for one')
+    command.add_argument('model', metavar='MODEL', help='name of the model, such as evo_deit_small_patch16_224')
     command.add_argument(
         'checkpoint', metavar='CHECKPOINT', nargs='?',
-        help='file to convert; without it, the published one is downloaded from Google Drive, which needs gdown')
+        help='file to convert; by default the published one, downloaded from Google Drive, which needs gdown')
     command.add_argument('--output', metavar='DIR', required=True, help='folder to write, new or empty')
     command.add_argument('--use-ema', action='store_true', help='take model_ema, not model')
     command.add_argument(
         '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
-        help='arguments of the model that the weights were trained with, where they differ from the published ones')
+        help='arguments of the model, if they differ from the published ones')
     command.add_argument(
-        '--push-to-hub', metavar='ORG/NAME',
-        help='upload to the Hugging Face Hub as well, with the token of `hf auth login`')
+        '--push-to-hub', metavar='ORG/NAME', help='also upload to the Hugging Face Hub, as the user of `hf auth login`')
 
     command = commands.add_parser(
         'visualize', help='draw which patches a model calls informative',
         description='Draw one PNG per image: the picture and, for each token selection, the picture with uninformative '
-                    'patches faded. Images that cannot be read are named and skipped; the exit status is then 1.')
+                    'patches faded. An image that cannot be read is named and skipped; the exit status is then 1.')
     command.set_defaults(run=_visualize)
     command.add_argument('images', metavar='IMAGE', nargs='+', help='image file, folder of images or glob pattern')
     command.add_argument(
-        '--model', metavar='NAME', required=True,
-        help='model, by any name that timm takes: an evolving one, or a Vision Transformer, which is made one')
+        '--model', metavar='NAME', required=True, help='Evo-ViT, or a Vision Transformer of timm, which is evolved')
     weights = command.add_mutually_exclusive_group()
     weights.add_argument('--checkpoint', metavar='FILE', help="weights, of timm's train.py or of the authors")
     weights.add_argument('--pretrained', action='store_true', help="the model's pretrained weights")
     command.add_argument('--output', metavar='DIR', required=True, type=Path, help='folder to write to')
-    command.add_argument('--attention', action='store_true', help='draw the class attention behind each selection too')
-    command.add_argument('--sheet', action='store_true', help='write all drawings one below the other to sheet.png')
+    command.add_argument('--attention', action='store_true', help='also draw the class attention behind each selection')
+    command.add_argument('--sheet', action='store_true', help='also write sheet.png, all drawings one below the other')
     command.add_argument('--img-size', metavar='N', type=int, help="input size, the model's own by default")
     command.add_argument('--num-classes', metavar='N', type=int, help="the checkpoint's or the model's own by default")
     command.add_argument('--device', default='cpu')
@@ -117,18 +108,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: Arguments, those of the process by default.
-
-    Returns:
-        Exit status, 1 if what was asked for could not be done.
-    """
+    """Run the command with `argv`, by default that of the process, and return the exit status."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except (AssertionError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
         print(f'timm-evovit: {e}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:

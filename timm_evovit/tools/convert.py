@@ -1,0 +1,211 @@
+"""Convert the authors' checkpoints to folders that timm, the Hugging Face Hub and transformers load."""
+import argparse
+import hashlib
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import timm
+import torch
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict, list_models, save_for_hf, split_model_name_tag
+from timm.models._hub import generate_readme
+
+from ..checkpoints import check_state_dict, join_names, rename_authors
+from ..hub import DRIVE_FILE, PUBLISHED
+
+__all__ = ['CorruptCheckpointError', 'convert', 'count_classes', 'read_weights', 'upload']
+
+DROPPED = {  # what a model may have no place for: reason, and beginnings of the keys
+    'copies of tensors under blocks': ('stage_blocks.',),
+    'assisted_cls=False, no class token branch': ('norm_cls.', 'head_cls'),
+    'the tradeoff is a fixed number': ('tradeoff',),
+    'count of the epochs of training': ('epochs_started',),
+}
+
+
+class CorruptCheckpointError(ValueError):
+    """The file is not a checkpoint, or not a complete one."""
+
+
+def read_weights(path: Union[str, Path], use_ema: bool = False) -> Tuple[str, Dict[str, torch.Tensor]]:
+    """Read the weights from a file of `torch.save` or safetensors. No code in the file is run.
+
+    Args:
+        path: Checkpoint of the authors' code or of timm, or a state dict.
+        use_ema: Take the moving average of the weights.
+
+    Returns:
+        Key of the weights in the checkpoint, '' if it is a state dict, and the weights.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is damaged (`CorruptCheckpointError`), holds types that are not read, or no weights.
+    """
+    with open(path, 'rb') as f:
+        start = f.read(100)
+    if re.match(rb'(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml)', start, re.IGNORECASE):
+        raise CorruptCheckpointError(
+            f'{path} is a web page, not a checkpoint. Google Drive sends one if a file was downloaded too often: try '
+            f'again in a day, or download it in a browser.')
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            safe = Path(path).suffix == '.safetensors'
+            content = load_file(path) if safe else torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:  # a damaged file can make PyTorch raise almost anything
+        # PyTorch's message goes on with how to load the file without this protection
+        if refused := re.search(r'GLOBAL .*?(?=\.\s|\.?$)', str(e), re.MULTILINE):
+            raise ValueError(
+                f'{path} is refused, no code in it was run: {refused[0]}. Only tensors, plain Python values and '
+                f'argparse.Namespace are read from a checkpoint.') from e
+        reason = str(e).partition('. ')[0] or type(e).__name__
+        raise CorruptCheckpointError(f'{path} is not a checkpoint, or damaged or incomplete: {reason}.') from e
+
+    keys = ('model_ema', 'state_dict_ema') if use_ema else ('model', 'state_dict', '')
+    entries = content if isinstance(content, dict) else {}
+    for key in keys:
+        weights = entries.get(key) if key else content
+        if isinstance(weights, dict) and weights and all(isinstance(v, torch.Tensor) for v in weights.values()):
+            return key, clean_state_dict(weights)
+    raise ValueError(f'{path} has no dict of tensors under {" or ".join(keys[:2])}, only {join_names(list(entries))}.')
+
+
+def count_classes(weights: Dict[str, torch.Tensor]) -> Optional[int]:
+    """Number of classes of a state dict under timm's or the authors' names, None if it has no head."""
+    names = ('head.weight', 'head.linear.weight', 'head.l.weight')
+    return next((weights[k].shape[0] for k in names if k in weights and weights[k].ndim == 2), None)
+
+
+def _download(name: str) -> Path:
+    """Download the authors' checkpoint of a model to PyTorch's download folder, unless it is there."""
+    if name not in PUBLISHED:
+        raise ValueError(f'No checkpoint of {name} was published, only {", ".join(PUBLISHED)}.')
+    file_id = PUBLISHED[name][1]
+    path = Path(torch.hub.get_dir(), 'checkpoints', f'{name}.evovit_in1k.pth')
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        import gdown
+        # public files need no cookies, and gdown would store them in the home folder
+        if gdown.download(id=file_id, output=str(path), resume=True, use_cookies=False) is None:
+            raise RuntimeError('gdown returned no file')  # gdown before version 6 prints the reason
+    except Exception as e:
+        raise RuntimeError(
+            f'{path} was not downloaded: {e}\nThe download needs gdown (pip install gdown), the next try goes on. Or '
+            f'download {DRIVE_FILE.format(file_id)} in a browser and pass the file.') from e
+    return path
+
+
+def _load(model: torch.nn.Module, weights: Dict[str, torch.Tensor]) -> List[str]:
+    """Load weights under any names into the model, and report the tensors that were joined or dropped."""
+    blocks = [v for k, v in weights.items() if k.startswith('blocks.')]
+    copies = {k: v for k, v in weights.items() if k.startswith('stage_blocks.')}  # of the authors' LeViT
+    for key, value in copies.items():
+        if not any(torch.equal(value, v) for v in blocks):
+            raise ValueError(f'{key} should be a copy of a tensor under blocks, but none is equal.')
+    renamed = {**rename_authors(weights), **copies}
+    own = model.state_dict()
+    dropped = {why: [k for k in renamed if k.startswith(starts) and k not in own] for why, starts in DROPPED.items()}
+    left_out = {key for keys in dropped.values() for key in keys}
+    fitting = {k: v for k, v in renamed.items() if k not in left_out}
+    check_state_dict(fitting, model)  # its messages are shorter than those of load_state_dict
+    model.load_state_dict(fitting)
+    joined = len(weights) - len(renamed)
+    lines = [f'  {joined} joined to others, which are one tensor in timm'] if joined else []
+    return lines + [f'  {len(keys)} dropped, {why}: {join_names(keys, 4)}' for why, keys in dropped.items() if keys]
+
+
+def convert(
+        name: str,
+        checkpoint: Optional[Union[str, Path]],
+        output: Union[str, Path],
+        use_ema: bool = False,
+        model_kwargs: Optional[Dict[str, Any]] = None,
+) -> str:
+    """Convert a checkpoint to model.safetensors, config.json and a model card.
+
+    Args:
+        name: Name of an Evo-ViT in timm.
+        checkpoint: File of the authors' code or of timm's train.py, None to download the published one.
+        output: Folder to write, new or empty.
+        use_ema: Take the moving average of the weights.
+        model_kwargs: Arguments of the model, if they differ from the published ones.
+
+    Returns:
+        Report on what became of every tensor.
+
+    Raises:
+        OSError: A file cannot be read or written.
+        RuntimeError, ValueError: The download failed, or the file is refused, damaged or of another model.
+    """
+    output = Path(output).resolve()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f'{output} exists and is not an empty folder, remove it or name another.')
+    names = list_models(module=['evo_deit', 'evo_levit'])
+    if split_model_name_tag(name)[0] not in names:
+        raise ValueError(f'{name} cannot be converted, only {", ".join(names)}.')
+    kwargs = dict(model_kwargs or {})
+    # before a download: wrong arguments fail here, and the download needs the full name
+    model: Any = timm.create_model(name, device='meta', **kwargs)
+    variant = model.pretrained_cfg['architecture']
+    path = Path(checkpoint) if checkpoint is not None else _download(variant)
+    try:
+        key, weights = read_weights(path, use_ema)
+    except CorruptCheckpointError:
+        if checkpoint is None:
+            path.unlink()  # otherwise the next try would find it again
+        raise
+    if classes := count_classes(weights):
+        kwargs.setdefault('num_classes', classes)
+    model = timm.create_model(variant, pretrained_cfg='evovit_in1k' if variant in PUBLISHED else None, **kwargs)
+    lines = _load(model, weights)
+
+    cfg, authors = model.pretrained_cfg, rename_authors(weights) is not weights
+    if use_ema or model_kwargs or model.num_classes != 1000 or not authors:
+        cfg.pop('notes', None)  # they describe the published weights
+    source = f'{path.name} ({key})' if key else path.name
+    card = {
+        'license': 'mit' if authors else 'unknown',
+        'description': f'{variant}, converted by timm-evovit. To load it, timm needs timm-evovit. Not evaluated.',
+        'details': {
+            'Papers': [f"{cfg['paper_name']}: https://arxiv.org/abs/{cfg['paper_ids'].partition(':')[2]}"],
+            'Weights': [f'{source}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}', *cfg.get('notes', ())],
+        },
+    }
+    _write(model, card, output)
+    return '\n'.join([f'{source}: {len(weights)} tensors', *lines, f'{output}: {len(model.state_dict())} tensors'])
+
+
+def _write(model: Any, card: Dict[str, Any], output: Path) -> None:
+    """Write the folder beside its place and move it there when it is complete."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f'.{output.name}.', dir=output.parent) as folder:
+            partial = Path(folder, output.name)
+            save_for_hf(model, str(partial), model_args=model.model_args, safe_serialization=True)
+            config = json.loads((partial / 'config.json').read_text(encoding='utf-8'))
+            config['model_args'].pop('num_classes', None)  # transformers would pass it to timm twice
+            (partial / 'config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
+            (partial / 'README.md').write_text(generate_readme(card, output.name), encoding='utf-8')
+            if output.exists():
+                output.rmdir()  # it is empty; renaming does not replace it on every system
+            partial.rename(output)
+    except (OSError, SafetensorError) as e:
+        raise OSError(f'{output} could not be written, nothing was left there: {e}') from e
+
+
+def upload(folder: Union[str, Path], repo_id: str) -> None:
+    """Upload a converted folder to the Hugging Face Hub, where an existing model card is kept."""
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        keep = ['README.md'] if api.file_exists(repo_id, 'README.md') else None
+        api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=keep, commit_message='Add model')
+    except Exception as e:  # of several HTTP libraries
+        raise OSError(
+            f'{repo_id} was not uploaded: {e}\n{folder} is complete, try again: hf upload {repo_id} {folder} .') from e

@@ -1,0 +1,125 @@
+"""Draw which patches a model calls informative."""
+import glob
+from pathlib import Path
+from typing import Iterable, Iterator, List, Sequence, Tuple, Union
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
+
+from ..base import InformativeTokens, eval_mode, informative_tokens
+
+__all__ = ['draw', 'find_images', 'open_image', 'sheet', 'visualize']
+
+PANEL, GAP, LINE = 224, 8, 18  # pixels: smallest height of a panel, space between panels, height of a line of text
+
+
+def find_images(names: Iterable[str], output: Path) -> List[Path]:
+    """Find images by file, folder (at any depth) or glob pattern, except in the folder `output` of the drawings."""
+    extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths: List[Path] = []
+    for name in names:
+        if Path(name).is_dir():
+            files = [path for path, _ in find_images_and_targets(name, extensions)[0]]
+        else:
+            files = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
+        found = [p for p in map(Path, files) if p.is_file() and output.resolve() not in (
+            p.parent.resolve(), p.resolve().parent)]
+        if not found:
+            raise FileNotFoundError(f'{name}: no image found; files in the output folder {output} are left out.')
+        paths += found
+    return list(dict.fromkeys(paths))
+
+
+def open_image(path: Path, mode: str = 'RGB') -> Image.Image:
+    """Open a picture upright, in 8 bits and with white behind what is transparent. `mode` is 'RGB' or 'L'."""
+    with Image.open(path) as file:
+        image: Image.Image = ImageOps.exif_transpose(file)
+        if image.mode.startswith('I'):  # 16 bits, which PIL would clip to 8 instead of scaling
+            image = image.point(lambda value: value / 256).convert('L')
+        if image.has_transparency_data:
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        return image.convert(mode)
+
+
+def draw(pixels: torch.Tensor, tokens: Sequence[InformativeTokens], attention: bool, caption: str) -> Image.Image:
+    """Draw a picture and, for each selection, the picture with uninformative patches faded.
+
+    Args:
+        pixels: What the model saw, (3, H, W) in [0, 1].
+        tokens: Selections of this one image, masks and attention (h, w).
+        attention: Add the class attention behind each selection as a heat map.
+        caption: Line below.
+    """
+    def upsample(grid: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(grid[None, None].float(), pixels.shape[-2:])[0]
+
+    panels = {'picture': pixels}
+    for t in tokens:
+        panels[f'informative from block {t.block}'] = torch.where(upsample(t.mask) > 0, pixels, 0.2 * pixels + 0.5)
+        if attention:
+            low, high = t.attention.aminmax()
+            heat = upsample((t.attention - low) / (high - low).clamp_min(1e-12))
+            colours = torch.cat([(3 * heat - i).clamp(0, 1) for i in range(3)])  # black, red, yellow, white
+            panels[f'attention before block {t.block}'] = 0.25 * pixels + 0.75 * colours
+    height, width = (round(n * max(PANEL / pixels.shape[1], 1)) for n in pixels.shape[1:])
+    font = ImageFont.load_default(13)
+    total = max(GAP + len(panels) * (width + GAP), round(font.getlength(caption)) + 2 * GAP)
+    out = Image.new('RGB', (total, height + 2 * (GAP + LINE)), 'white')
+    pen = ImageDraw.Draw(out)
+    for i, (label, panel) in enumerate(panels.items()):
+        x = GAP + i * (width + GAP)
+        pen.text((x, GAP), label, fill='black', font=font)
+        out.paste(to_pil_image(panel).resize((width, height), Image.Resampling.NEAREST), (x, GAP + LINE))
+    pen.text((GAP, out.height - LINE - GAP // 2), caption, fill='black', font=font)
+    return out
+
+
+def sheet(images: Sequence[Image.Image]) -> Image.Image:
+    """Contact sheet: pictures one below the other."""
+    out = Image.new('RGB', (max(i.width for i in images), sum(i.height for i in images)), 'white')
+    y = 0
+    for image in images:
+        out.paste(image, (0, y))
+        y += image.height
+    return out
+
+
+@torch.no_grad()
+def visualize(
+        model: nn.Module, paths: Iterable[Path], attention: bool = False, classes: bool = True,
+) -> Iterator[Tuple[Path, Union[Image.Image, Exception]]]:
+    """Draw what an evolving model looks at in image files, and yield each file with its drawing or with the error.
+
+    `classes` adds the five most probable classes to the caption if the model has the thousand classes of ImageNet.
+    """
+    data = resolve_model_data_config(model)
+    img_size = getattr(model, 'img_size', None) or getattr(model.patch_embed, 'img_size', None)
+    data['input_size'] = (model.in_chans, *(img_size or data['input_size'][1:]))
+    if model.in_chans == 1:
+        data.update({k: (sum(data[k]) / len(data[k]),) for k in ('mean', 'std')})
+    transform = create_transform(**data)
+    mean, std = (torch.tensor(data[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+    weight = next(model.parameters())
+    labels = ImageNetInfo() if classes and model.num_classes == 1000 else None
+    for path in paths:
+        try:
+            x = transform(open_image(path, 'L' if model.in_chans == 1 else 'RGB'))
+        except Exception as e:  # decoders raise errors of every kind
+            yield path, e
+            continue
+        batch = x.unsqueeze(0).to(weight.device, weight.dtype)
+        selections = informative_tokens(model, batch)
+        tokens = [InformativeTokens(t.block, t.mask[0].cpu(), t.attention[0].float().cpu()) for t in selections]
+        caption = path.name
+        if labels is not None:
+            with eval_mode(model):
+                top = model(batch)[0].float().softmax(dim=-1).topk(5)
+            for p, c in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+                caption += f'   {labels.index_to_description(c).split(",")[0]} {p:.1%}'
+        yield path, draw((x * std + mean).clamp(0, 1).expand(3, -1, -1), tokens, attention, caption)
