@@ -297,6 +297,13 @@ def test_other_weights(deit, run, tmp_path, change, message):
     assert status == 1 and re.search(message, out, re.DOTALL), out
 
 
+def test_a_header_that_starts_like_a_web_page(tmp_path):
+    """safetensors files begin with the length of their header: 15392 is a space and '<'."""
+    save_file({'a': torch.zeros(3)}, tmp_path / 'a.safetensors', metadata={'x': 'y' * 15306})
+    assert (tmp_path / 'a.safetensors').read_bytes().startswith(b' <')
+    assert list(read_weights(tmp_path / 'a.safetensors')[1]) == ['a']
+
+
 def test_other_mistakes(deit, run, tmp_path):
     for missing in ('nothing.pth', '.'):
         assert run('evo_deit_tiny', tmp_path / missing)[0] == 1
