@@ -69,9 +69,11 @@ def read_weights(path: Union[str, Path], use_ema: bool = False) -> Tuple[str, Di
     entries = content if isinstance(content, dict) else {}
     for key in keys:
         weights = entries.get(key) if key else content
-        if isinstance(weights, dict) and weights and all(isinstance(v, torch.Tensor) for v in weights.values()):
+        if isinstance(weights, dict) and weights and all(
+                isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
             return key, clean_state_dict(weights)
-    raise ValueError(f'{path} has no dict of tensors under {" or ".join(keys[:2])}, only {join_names(list(entries))}.')
+    found = join_names([str(k) for k in entries]) or f'a {type(content).__name__}'
+    raise ValueError(f'{path} has no dict of tensors under {" or ".join(keys[:2])}, it holds {found}.')
 
 
 def count_classes(weights: Dict[str, torch.Tensor]) -> Optional[int]:
