@@ -2,7 +2,7 @@
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import timm.models
 import torch
@@ -13,6 +13,8 @@ from .checkpoints import rename_authors
 from .evolution import Schedule, Selection
 
 __all__ = ['EvolvingModel', 'InformativeTokens', 'eval_mode', 'informative_tokens']
+
+M = TypeVar('M', bound=nn.Module)
 
 
 def check(ok: bool, name: str, wanted: str, value: Any, error: Type[Exception] = ValueError) -> None:
@@ -50,6 +52,13 @@ def check_ratios(name: str, value: Any, count: int, per: str, zero: bool = False
     check(len(values) == count, name, f'one number or {count}, one per {per}', value)
     check(all(0 <= v <= 1 and (zero or v > 0) for v in values), name, f'in {span}', value)
     return tuple(float(v) for v in values)
+
+
+def recast(module: nn.Module, cls: Type[M]) -> M:
+    """A module of another class, usually a subclass, that takes over the contents of `module`."""
+    out = cls.__new__(cls)
+    out.__dict__.update(module.__dict__)
+    return out
 
 
 class EvolvingModel(nn.Module):

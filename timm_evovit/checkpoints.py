@@ -91,40 +91,6 @@ def join_names(names: List[str], limit: int = 8) -> str:
     return ', '.join(names[:limit]) + more
 
 
-def check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Compare a filtered checkpoint with the model that it is meant for.
-
-    What timm adapts afterwards may differ: the input channels of the first convolution, and the classifiers of a model
-    that has another number of classes than its configuration.
-
-    Raises:
-        ValueError: Keys or shapes do not fit, with the names of those.
-    """
-    own = model.state_dict()
-    cfg = getattr(model, 'pretrained_cfg', {})
-    first_conv = f"{cfg.get('first_conv')}.weight"
-    other = ('epochs_started',)
-    if model.num_classes != cfg.get('num_classes', model.num_classes):
-        other += ('head.', 'head_dist.', 'head_cls.', 'head_cls_dist.')
-
-    def shape(key: str, value: torch.Tensor) -> List[int]:
-        return [n for axis, n in enumerate(value.shape) if key != first_conv or axis != 1]
-
-    missing = [k for k in own if k not in state_dict and not k.startswith(other)]
-    unexpected = [k for k in state_dict if k not in own and not k.startswith(other)]
-    wrong = [
-        f'{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}'
-        for k, v in state_dict.items()
-        if k in own and shape(k, v) != shape(k, own[k]) and not k.startswith(other)
-    ]
-    faults = [
-        f'{what} {join_names(names)}'
-        for what, names in (('missing:', missing), ('unexpected:', unexpected), ('wrong shape:', wrong)) if names
-    ]
-    if faults:
-        raise ValueError(f'The checkpoint does not fit {type(model).__name__}; ' + '; '.join(faults) + '.')
-
-
 def _weights(state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
     """The weights in a checkpoint, without the epochs that they were trained for: a new training starts from none."""
     state_dict = state_dict.get('model', state_dict)
@@ -158,23 +124,16 @@ def _adapt_readout(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dic
 def deit_checkpoint_filter_fn(
         state_dict: Dict[str, Any],
         model: nn.Module,
-        strict: bool = True,
 ) -> Dict[str, torch.Tensor]:
     """Make a checkpoint fit an EvoVisionTransformer.
 
     Takes the authors' key names as well as timm's, and DeiT's weights, drops the class token branch where the model has
     none, and resamples patch and position embeddings to the model's patch and image size.
-
-    Raises:
-        ValueError: Keys or shapes do not fit, which only `strict` minds.
     """
     state_dict = _adapt_readout(rename_authors(_weights(state_dict)), model)
     if model.head_cls is None:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith(('norm_cls.', 'head_cls.'))}
-    state_dict = vit_checkpoint_filter_fn(state_dict, model)
-    if strict:
-        check_state_dict(state_dict, model)
-    return state_dict
+    return vit_checkpoint_filter_fn(state_dict, model)
 
 
 def _resample_pos_embed(
@@ -185,7 +144,7 @@ def _resample_pos_embed(
     """Resample (1, 1 + n, C) to a grid.
 
     It is taken to be on the grid `old_size` if there are as many patches on that, else on the new or on a square one.
-    Any other is left for `check_state_dict` to complain about.
+    Any other is left as it is, to be refused when it is loaded.
     """
     n = pos_embed.shape[1] - 1
     if n != old_size[0] * old_size[1]:
@@ -198,7 +157,6 @@ def _resample_pos_embed(
 def levit_checkpoint_filter_fn(
         state_dict: Dict[str, Any],
         model: nn.Module,
-        strict: bool = True,
 ) -> Dict[str, torch.Tensor]:
     """Make a checkpoint fit an EvoLevit.
 
@@ -206,7 +164,7 @@ def levit_checkpoint_filter_fn(
     has none, and resamples position embeddings to the model's image size.
 
     Raises:
-        ValueError: Keys or shapes do not fit, which only `strict` minds, or the weights are those of a LeViT.
+        ValueError: The weights are those of a LeViT.
     """
     state_dict = _weights(state_dict)
     if any('attention_biases' in k for k in state_dict):
@@ -229,6 +187,4 @@ def levit_checkpoint_filter_fn(
         if i > 0:
             old_size = tuple(-(-size // 2) for size in old_size)
         new_size = stage.grid_size
-    if strict:
-        check_state_dict(state_dict, model)
     return state_dict

@@ -11,15 +11,14 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
 from . import training
 from .base import check
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
 from .evo_vit import EvoAttention, EvoBlock, EvolvingVit
-from .hub import published_cfg, resolve_weights
+from .hub import build_model, evo_cfg, published_cfg, resolve_weights
 
 __all__ = ['EvoVisionTransformer']  # register_model will add each entrypoint fn to this
 
@@ -34,12 +33,7 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
-            patch_size: Union[int, Tuple[int, int]] = 16,
-            in_chans: int = 3,
-            num_classes: int = 1000,
-            global_pool: str = 'avg',
-            *,
+            *args: Any,
             keep_ratio: Union[float, Sequence[float]] = 0.5,
             stages: Optional[Sequence[int]] = None,
             tradeoff: Optional[Union[float, Sequence[float]]] = None,
@@ -51,11 +45,6 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
     ) -> None:
         """
         Args:
-            img_size: Input image size.
-            patch_size: Patch size.
-            in_chans: Number of image input channels.
-            num_classes: Number of classes for classification head.
-            global_pool: Type of global pooling for final sequence, 'avg' in the paper.
             keep_ratio: Ratio of informative patches in (0, 1], one for all evolution stages or one per stage.
             stages: First block of each evolution stage, ascending. Default: a first third of the blocks sees all
                 tokens, then two equal stages, which is (4, 8) for 12 blocks.
@@ -68,7 +57,7 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
                 of its own (paper section 'Assisted CLS token loss').
             layer_to_stage_epochs: Select layer-wise in so many epochs of training, then stage-wise (paper section
                 'Layer-to-stage training schedule'; 200 of 300 epochs there).
-            **kwargs: Arguments of timm's VisionTransformer, by keyword.
+            *args, **kwargs: Arguments of timm's VisionTransformer. `global_pool` is 'avg' by default, as in the paper.
 
         Raises:
             TypeError, ValueError: An argument is of the wrong kind, out of range or of the wrong length.
@@ -80,8 +69,9 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
             layer = kwargs.setdefault(name, cls)
             check(
                 isinstance(layer, type) and issubclass(layer, cls), name, f'a subclass of {cls.__name__}', layer, TypeError)
-        super().__init__(
-            img_size, patch_size, in_chans, num_classes, global_pool, weight_init='skip', **kwargs)
+        if len(args) < 5:
+            kwargs.setdefault('global_pool', 'avg')
+        super().__init__(*args, weight_init='skip', **kwargs)
 
         self._evolve_blocks(
             keep_ratio, stages, tradeoff, selection, representative_token, assisted_cls=assisted_cls,
@@ -153,7 +143,6 @@ def _create_evo_deit(
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         **kwargs: Any,
 ) -> EvoVisionTransformer:
-    out_indices = kwargs.pop('out_indices', 3)
     cfg = resolve_weights(
         variant, pretrained, pretrained_cfg, pretrained_cfg_overlay,
         f'{variant}.fb_in1k: DeiT, faster, without training')
@@ -163,32 +152,11 @@ def _create_evo_deit(
     elif (deit is not None and cfg.tag == 'fb_in1k' and cfg.source is None and cfg.crop_pct == deit.crop_pct
           and 'crop_pct' not in (pretrained_cfg_overlay or {})):
         cfg = replace(cfg, crop_pct=_cfg()['crop_pct'])  # not DeiT's weights after all: the paper's transform too
-    model = build_model_with_cfg(
-        EvoVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_cfg=cfg,
-        pretrained_filter_fn=partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True)),
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
-    if isinstance(model, EvoVisionTransformer):
-        model._remember_args(**kwargs)
-    return model
+    out_indices = kwargs.pop('out_indices', 3)
+    return build_model(EvoVisionTransformer, variant, pretrained, cfg, checkpoint_filter_fn, out_indices, **kwargs)
 
 
-def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
-        'crop_pct': .875, 'interpolation': 'bicubic', 'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj', 'classifier': ('head', 'head_cls'),
-        'paper_ids': 'arXiv:2108.01390',
-        'paper_name': 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer',
-        'origin_url': 'https://github.com/YifanXu74/Evo-ViT',
-        **kwargs
-    }
+_cfg = partial(evo_cfg, first_conv='patch_embed.proj', classifier=('head', 'head_cls'))
 
 
 def _deit_cfg(hf_hub_id: str, **kwargs: Any) -> Dict[str, Any]:

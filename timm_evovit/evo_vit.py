@@ -4,7 +4,7 @@ Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - htt
 """
 import copy
 from itertools import chain
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, TypeVar, Union, overload
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from torch import nn
@@ -15,14 +15,12 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from . import evolution  # FX finds wrapped functions as attributes of their module
-from .base import EvolvingModel, check, check_flag, check_ratios, is_number
+from .base import EvolvingModel, check, check_flag, check_ratios, is_number, recast
 from .evolution import EvolutionState, EvolvingSequential, Selection
 
 __all__ = [
     'EvoAttention', 'EvoBlock', 'EvolvedVisionTransformer', 'EvolvedVisionTransformerDistilled', 'EvolvingVit', 'evolve',
 ]
-
-M = TypeVar('M', bound=nn.Module)
 
 
 class EvoAttention(Attention):
@@ -62,16 +60,6 @@ class EvoBlock(Block):
         """
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), state)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
-@torch.fx.wrap
-def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
-    """
-    Raises:
-        ValueError: There is a mask.
-    """
-    if attn_mask is not None or is_causal:
-        raise ValueError('attn_mask and is_causal are not supported: a mask cannot follow the selected tokens.')
 
 
 class EvolvingVit(EvolvingModel):
@@ -144,18 +132,8 @@ class EvolvingVit(EvolvingModel):
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
 
-    def forward_features(
-            self,
-            x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-    ) -> torch.Tensor:
-        """Image (B, in_chans, H, W) to tokens (B, N, C), the patch grid complete and in raster order.
-
-        Raises:
-            ValueError: There is a mask.
-        """
-        check_no_mask(attn_mask, is_causal)
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (B, in_chans, H, W) to tokens (B, N, C), the patch grid complete and in raster order."""
         return self.norm(self.blocks(self._embed(x)))
 
     def forward_intermediates(
@@ -168,27 +146,8 @@ class EvolvingVit(EvolvingModel):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
             output_dict: bool = False,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
-        """Forward features that returns intermediates, the complete patch grid after any block.
-
-        Args:
-            x: Input image tensor (B, in_chans, H, W).
-            indices: Take last n blocks if int, all if None, select matching indices if sequence.
-            return_prefix_tokens: Return both prefix and spatial intermediate tokens.
-            norm: Apply norm layer to all intermediates.
-            stop_early: Stop iterating over blocks when last desired intermediate hit.
-            output_fmt: Shape of intermediate feature outputs, 'NCHW' (B, C, h, w) or 'NLC' (B, h * w, C).
-            intermediates_only: Only return intermediate features.
-            output_dict: Return a dictionary with 'image_features', 'image_intermediates' and, if asked for,
-                'image_intermediates_prefix'.
-            attn_mask, is_causal: Not supported, a mask could not follow the selected tokens.
-
-        Raises:
-            ValueError: There is a mask.
-        """
-        check_no_mask(attn_mask, is_causal)
+        """Forward features that returns intermediates, as in timm: the complete patch grid after any block."""
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
@@ -228,13 +187,9 @@ class EvolvingVit(EvolvingModel):
         self.blocks(self._embed(x), state)
         return [(s, grid_size) for s in state.selections]
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-    ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
-        return self.forward_head(self.forward_features(x, attn_mask, is_causal))
+    def forward(self, x: torch.Tensor) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+        # attention masks are not taken: a mask could not follow the selected tokens
+        return self.forward_head(self.forward_features(x))
 
 
 class EvolvedVisionTransformer(EvolvingVit, VisionTransformer):
@@ -251,15 +206,7 @@ EVOLVED: Dict[Type[nn.Module], Type[EvolvingVit]] = {
 }
 
 
-def _copy_as(module: nn.Module, cls: Type[M], memo: Dict[int, Any]) -> M:
-    """A deep copy of a module as one of a subclass, also in the place of the module in later copies with `memo`."""
-    out = cls.__new__(cls)
-    out.__dict__.update(copy.deepcopy(module.__dict__, memo))
-    memo[id(module)] = out
-    return out
-
-
-def _copy_block(block: nn.Module, name: str, memo: Dict[int, Any]) -> None:
+def _evolve_block(block: nn.Module, name: str) -> EvoBlock:
     if type(block) is not Block:
         raise TypeError(f"{name} must be timm's Block, got {type(block).__name__}: its class attention is not known.")
     if type(block.attn) is not Attention:
@@ -267,50 +214,34 @@ def _copy_block(block: nn.Module, name: str, memo: Dict[int, Any]) -> None:
             f"{name}.attn must be timm's Attention, got {type(block.attn).__name__}: its class attention is not known.")
     if getattr(block.attn, 'gate', None) is not None:
         raise TypeError(f'{name}.attn is gated, which EvoAttention is not.')
-    _copy_as(block.attn, EvoAttention, memo)
-    _copy_as(block, EvoBlock, memo).grid = nn.Identity()
-
-
-@overload
-def evolve(
-        model: FeatureGetterNet, keep_ratio: Union[float, Sequence[float]] = ..., stages: Optional[Sequence[int]] = ...,
-        representative_token: bool = ..., *, tradeoff: Optional[Union[float, Sequence[float]]] = ...,
-        selection: str = ...) -> FeatureGetterNet: ...
-
-
-@overload
-def evolve(
-        model: nn.Module, keep_ratio: Union[float, Sequence[float]] = ..., stages: Optional[Sequence[int]] = ...,
-        representative_token: bool = ..., *, tradeoff: Optional[Union[float, Sequence[float]]] = ...,
-        selection: str = ...) -> EvolvingVit: ...
+    block = recast(block, EvoBlock)
+    block.attn = recast(block.attn, EvoAttention)
+    block.grid = nn.Identity()
+    return block
 
 
 def evolve(
-        model,
-        keep_ratio=0.5,
-        stages=None,
-        representative_token=True,
+        model: nn.Module,
+        keep_ratio: Union[float, Sequence[float]] = 0.5,
+        stages: Optional[Sequence[int]] = None,
+        representative_token: bool = True,
         *,
-        tradeoff=None,
-        selection='stage',
-):
+        tradeoff: Optional[Union[float, Sequence[float]]] = None,
+        selection: str = 'stage',
+) -> EvolvingVit:
     """Make a Vision Transformer of timm faster by slow-fast token evolution, without training.
 
     The evolving model and the one given hold the same parameters and buffers, under the same names: training, casting
     or moving one does that to the weights of both. Its readout stays what it is. The one given stays dense, and in the
-    mode, training or evaluation, that it is in. `set_keep_ratio` of the evolving model trades accuracy for speed; it is
-    `evolved.model.set_keep_ratio` behind `features_only=True`.
+    mode, training or evaluation, that it is in. A model in the wrapper of `features_only=True` comes back in a wrapper, and
+    `set_keep_ratio` is then that of `evolved.model`.
 
     Args:
         model: Built VisionTransformer or VisionTransformerDistilled with a class token, or either in the wrapper that
             `features_only=True` makes.
-        keep_ratio: Ratio of informative patches in (0, 1], one for all evolution stages or one per stage.
-        stages: First block of each evolution stage, ascending. Default: a first third of the blocks sees all tokens,
-            then two equal stages.
-        representative_token: Update placeholders by a representative token, or leave them until the stage ends.
-        tradeoff: Weight in [0, 1] of a block's class attention in the global class attention, one for all blocks or
-            one per block. Default: 1 before the first stage, 0.5 after.
-        selection: When informative patches are selected anew, at each 'stage' or before each 'layer' of it.
+        keep_ratio, stages, tradeoff, selection: As in `EvoVisionTransformer`.
+        representative_token: Update placeholders by a representative token, or leave them until the stage ends. Better
+            without training, and so the default here.
 
     Raises:
         TypeError: The model, its blocks or its attention are of a kind that cannot evolve, or an argument is of the
@@ -329,10 +260,9 @@ def evolve(
             f"evolve takes timm's VisionTransformer or VisionTransformerDistilled, got {type(model).__name__}.")
     if model.cls_token is None:
         raise ValueError('The model has no class token, and so no class attention to select tokens by.')
-    memo: Dict[int, Any] = {id(t): t for t in chain(model.parameters(), model.buffers())}  # shared, not copied
-    for i, block in enumerate(model.blocks):
-        _copy_block(block, f'blocks.{i}', memo)
-    evolved = _copy_as(model, EVOLVED[type(model)], memo)
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    evolved = recast(copy.deepcopy(model, shared), EVOLVED[type(model)])
+    evolved.blocks = nn.Sequential(*[_evolve_block(block, f'blocks.{i}') for i, block in enumerate(evolved.blocks)])
     evolved._evolve_blocks(**args)
     evolved.set_grad_checkpointing(model.grad_checkpointing)
     return evolved

@@ -1,11 +1,15 @@
 """Where weights come from."""
 import os
 from dataclasses import replace
-from typing import Any, Dict, Optional, Union
+from typing import Any, Callable, Dict, Optional, Type, Union
 
-from timm.models import PretrainedCfg, resolve_pretrained_cfg
+from torch import nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 
-__all__ = ['DRIVE_FILE', 'HUB_VARIABLE', 'PUBLISHED', 'published_cfg', 'resolve_weights']
+from .base import EvolvingModel
+
+__all__ = ['DRIVE_FILE', 'HUB_VARIABLE', 'PUBLISHED', 'build_model', 'evo_cfg', 'published_cfg', 'resolve_weights']
 
 HUB_VARIABLE = 'TIMM_EVOVIT_HUB'
 DRIVE_FILE = 'https://drive.google.com/file/d/{}/view'
@@ -22,6 +26,20 @@ PUBLISHED = {  # the authors' checkpoints: ImageNet-1k top-1 in the paper, file 
     'evo_levit_256_384': (81.1, '1MHHljQCzz-L6Sj18vq7QrQHhn4YvWjn8'),
     'evo_levit_384_384': (82.2, '1YzLPOLMLSymLzIdMqYol1HI7MwO35_7j'),
 }
+
+
+def evo_cfg(**kwargs: Any) -> Dict[str, Any]:
+    """What all configurations have in common."""
+    return {
+        'url': '',
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
+        'crop_pct': .875, 'interpolation': 'bicubic', 'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'paper_ids': 'arXiv:2108.01390',
+        'paper_name': 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer',
+        'origin_url': 'https://github.com/YifanXu74/Evo-ViT',
+        **kwargs
+    }
 
 
 def published_cfg(name: str) -> Dict[str, Any]:
@@ -68,3 +86,27 @@ def resolve_weights(
             f"`timm-evovit convert {variant} --output DIR`, and create the model as 'local-dir:DIR'; or use weights "
             f"that are on the Hub, {fallback_hint}.")
     return cfg
+
+
+def build_model(
+        model_cls: Type[EvolvingModel],
+        variant: str,
+        pretrained: bool,
+        pretrained_cfg: PretrainedCfg,
+        filter_fn: Callable[..., Dict[str, Any]],
+        out_indices: Any,
+        **kwargs: Any,
+) -> nn.Module:
+    """timm's `build_model_with_cfg`, with feature extraction by `forward_intermediates` and the arguments recorded."""
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+    if isinstance(model, EvolvingModel):
+        model._remember_args(**kwargs)
+    return model

@@ -13,7 +13,7 @@ from typing import Tuple, Union
 import torch
 from torch import nn
 
-__all__ = ['AssistedLoss', 'mix_heads']
+__all__ = ['AssistedLoss', 'mix_heads', 'stack_heads']
 
 
 @torch.fx.wrap
@@ -35,6 +35,20 @@ def mix_heads(logits: torch.Tensor, logits_cls: torch.Tensor) -> torch.Tensor:
     B = logits.shape[0]
     draw = torch.randperm(B + B % 2, device=logits.device)[:B] % 2 == 0
     return torch.where(draw.view([B] + [1] * (logits.ndim - 1)), logits, logits_cls)
+
+
+@torch.fx.wrap
+def stack_heads(logits: torch.Tensor, logits_dist: torch.Tensor) -> torch.Tensor:
+    """Logits (B, num_classes) of a head and of the one for distillation, as one tensor (B, 2, num_classes).
+
+    Raises:
+        ValueError: The heads do not fit each other, because the user has replaced one.
+    """
+    if logits.shape != logits_dist.shape:
+        raise ValueError(
+            f'The head gives logits {list(logits.shape)}, the one for distillation {list(logits_dist.shape)}, and their '
+            f'mean is wanted. Replace all heads, best by reset_classifier(num_classes).')
+    return torch.stack([logits, logits_dist], dim=1)
 
 
 class AssistedLoss(nn.Module):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict, list_models, save_for_hf, split_model_name_tag
 from timm.models._hub import generate_readme
 
-from ..checkpoints import check_state_dict, join_names, rename_authors
+from ..checkpoints import join_names, rename_authors
 from ..hub import DRIVE_FILE, PUBLISHED
 
 __all__ = ['CorruptCheckpointError', 'convert', 'count_classes', 'read_weights', 'upload']
@@ -115,8 +115,10 @@ def _load(model: torch.nn.Module, weights: Dict[str, torch.Tensor]) -> List[str]
     dropped = {why: [k for k in renamed if k.startswith(starts) and k not in own] for why, starts in DROPPED.items()}
     left_out = {key for keys in dropped.values() for key in keys}
     fitting = {k: v for k, v in renamed.items() if k not in left_out}
-    check_state_dict(fitting, model)  # its messages are shorter than those of load_state_dict
-    model.load_state_dict(fitting)
+    try:
+        model.load_state_dict(fitting)
+    except RuntimeError as e:
+        raise ValueError(f'The weights are not those of this {type(model).__name__}: {e}') from e
     joined = len(weights) - len(renamed)
     lines = [f'  {joined} joined to others, which are one tensor in timm'] if joined else []
     return lines + [f'  {len(keys)} dropped, {why}: {join_names(keys, 4)}' for why, keys in dropped.items() if keys]
