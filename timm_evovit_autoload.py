@@ -1,7 +1,7 @@
 """Make timm find plugin models by itself.
 
-PyTorch loads the entry points of the group `torch.backends` at the end of `import torch`, and timm imports PyTorch before
-`timm.models`. `autoload`, declared there, waits for `timm.models` and then loads every entry point of the group
+PyTorch loads the entry points of the group `torch.backends` at the end of `import torch`, and timm imports PyTorch
+before `timm.models`. `autoload`, declared there, waits for `timm.models` and then loads every entry point of the group
 `timm.models`, which are modules that register models. This module is outside the package because the package imports
 timm, which `import torch` must not.
 """

@@ -2,19 +2,17 @@
 from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 import timm.models
 import torch
-from torch import nn
 from timm.models._features import FeatureGetterNet
+from torch import nn
 
 from .checkpoints import rename_authors
 from .evolution import Schedule, Selection
 
 __all__ = ['EvolvingModel', 'InformativeTokens', 'eval_mode', 'informative_tokens']
-
-M = TypeVar('M', bound=nn.Module)
 
 
 def check(ok: bool, name: str, wanted: str, value: Any, error: Type[Exception] = ValueError) -> None:
@@ -54,7 +52,7 @@ def check_ratios(name: str, value: Any, count: int, per: str, zero: bool = False
     return tuple(float(v) for v in values)
 
 
-def recast(module: nn.Module, cls: Type[M]) -> M:
+def recast(module: nn.Module, cls: Any) -> Any:
     """A module of another class, usually a subclass, that takes over the contents of `module`."""
     out = cls.__new__(cls)
     out.__dict__.update(module.__dict__)
@@ -64,11 +62,11 @@ def recast(module: nn.Module, cls: Type[M]) -> M:
 class EvolvingModel(nn.Module):
     """A model with slow-fast token evolution, to be inherited from before a model of timm.
 
-    Which schedule is in use follows from the `training` flag of the sequences of blocks and from the epoch. In the first
-    `layer_to_stage_epochs` epochs of training tokens are selected before every block, from then on, and in evaluation
-    always, as `selection` says (paper section 'Layer-to-stage training schedule'). Each call of `train()` counts as the
-    start of an epoch, as in timm's scripts, in a buffer that is saved with the weights. A loop that calls it more or less
-    often uses `set_epoch`. TorchScript keeps the epoch at which a model is scripted.
+    In the first `layer_to_stage_epochs` epochs of training, tokens are selected before every block. Later, and in
+    evaluation always, they are selected as `selection` says (paper section 'Layer-to-stage training schedule'). Which
+    it is follows from the `training` flag and the epoch. Each call of `train()` counts as the start of an epoch, as in
+    timm's scripts, in a buffer that is saved with the weights. A loop that calls it more or less often uses
+    `set_epoch`. TorchScript keeps the epoch at which a model is scripted.
     """
     epochs_started: Optional[torch.Tensor]
 
@@ -86,7 +84,7 @@ class EvolvingModel(nn.Module):
         check(selection in ('stage', 'layer'), 'selection', "'stage' or 'layer'", selection)
         self.selection = selection
         self.assisted_cls = check_flag('assisted_cls', assisted_cls)
-        self.head_cls = None
+        self.head_cls: Any = None
         self.assisted_training = False  # must set this True to train w/ both heads' logits
         self.layer_to_stage_epochs = check_epochs('layer_to_stage_epochs', layer_to_stage_epochs)
         check(
@@ -169,8 +167,9 @@ class EvolvingModel(nn.Module):
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         super().init_weights(*args, **kwargs)
-        if getattr(self, 'epochs_started', None) is not None:  # also called while the model is built
-            self.epochs_started.zero_()
+        count = getattr(self, 'epochs_started', None)  # this is also called while the model is built
+        if count is not None:
+            count.zero_()
             self._update_schedule()
 
     # -- training with two heads
@@ -202,7 +201,8 @@ class EvolvingModel(nn.Module):
         timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them. Not among them are
         where and for how many classes the model is built, and drop rates.
         """
-        other = ('device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_model_args', 'pretrained_strict', 'weight_init')
+        other = (
+            'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_model_args', 'pretrained_strict', 'weight_init')
         args = {**getattr(self, '_model_args', {}), **self._current_args()}
         return {k: v for k, v in args.items() if k not in other and not k.endswith('_rate')}
 
@@ -276,7 +276,7 @@ def informative_tokens(model: nn.Module, images: torch.Tensor) -> List[Informati
     """Find out which patches a model calls informative.
 
     Args:
-        model: Evolving model, also one that `features_only=True` has wrapped. Used in evaluation mode and left as it was.
+        model: Evolving model, also in the wrapper of `features_only=True`. Used in evaluation mode and left as it was.
         images: (B, in_chans, H, W), transformed as the model wants them.
 
     Returns:
@@ -289,7 +289,7 @@ def informative_tokens(model: nn.Module, images: torch.Tensor) -> List[Informati
         model = model.model
     if not hasattr(model, 'forward_selections'):  # a compiled model has it too
         raise TypeError(
-            f'{type(model).__name__} does not evolve tokens. Evolving models are those of timm.list_models("evo_*"), and '
+            f'{type(model).__name__} does not evolve tokens. timm.list_models("evo_*") names models that do, and '
             f'timm_evovit.evolve makes one of a Vision Transformer.')
     found = []
     with eval_mode(model):

@@ -5,9 +5,9 @@ import re
 from typing import Any, Dict, List, Tuple
 
 import torch
-from torch import nn
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from torch import nn
 
 __all__ = ['deit_checkpoint_filter_fn', 'levit_checkpoint_filter_fn', 'rename_authors']
 
@@ -172,7 +172,7 @@ def levit_checkpoint_filter_fn(
             'The checkpoint is of a LeViT, it has attention_biases and no class token. Evo-LeViT has position '
             'embeddings and a class token instead, and selects by the attention of that: it needs weights of its own.')
     state_dict = rename_authors(state_dict)
-    dropped = () if model.head_cls is not None else ('head_cls.', 'head_cls_dist.')
+    dropped: Tuple[str, ...] = () if model.head_cls is not None else ('head_cls.', 'head_cls_dist.')
     if model.tradeoff is None:
         dropped += ('tradeoff',)
     state_dict = {k: v for k, v in state_dict.items() if not k.startswith(dropped)}

@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
-from torch import nn
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from . import training
 from .base import check
@@ -67,8 +67,8 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
         check(class_token, 'class_token', 'True: tokens are selected by class attention', class_token)
         for name, cls in (('block_fn', EvoBlock), ('attn_layer', EvoAttention)):
             layer = kwargs.setdefault(name, cls)
-            check(
-                isinstance(layer, type) and issubclass(layer, cls), name, f'a subclass of {cls.__name__}', layer, TypeError)
+            fits = isinstance(layer, type) and issubclass(layer, cls)
+            check(fits, name, f'a subclass of {cls.__name__}', layer, TypeError)
         if len(args) < 5:
             kwargs.setdefault('global_pool', 'avg')
         super().__init__(*args, weight_init='skip', **kwargs)

@@ -8,13 +8,21 @@ from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
-from torch import _assert, nn
 from timm.layers import to_2tuple, trunc_normal_
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.levit import (
-    Attention, AttentionDownsample, LevitBlock, LevitDistilled, LevitDownsample, LevitMlp, LevitStage, NormLinear,
-    model_cfgs)
+    Attention,
+    AttentionDownsample,
+    LevitBlock,
+    LevitDistilled,
+    LevitDownsample,
+    LevitMlp,
+    LevitStage,
+    NormLinear,
+    model_cfgs,
+)
+from torch import _assert, nn
 
 from . import evolution, training  # FX finds wrapped functions as attributes of their module
 from .base import EvolvingModel, check, check_flag, check_ratios, recast
@@ -251,7 +259,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         """
         use_conv, backbone = kwargs.get('use_conv', False), kwargs.get('stem_backbone')
         check(not use_conv, 'use_conv', 'False: tokens are selected from sequences, not from maps', use_conv)
-        check(backbone is None, 'stem_backbone', "None: the grid is known for the stems of stem_type, 's16' and 's8'", backbone)
+        check(backbone is None, 'stem_backbone', "None: only the grids of stem_type 's16' and 's8' are known", backbone)
         check(
             isinstance(embed_dim, Sequence) and not isinstance(embed_dim, str), 'embed_dim',
             'one width per stage, such as (128, 256, 384)', embed_dim, TypeError)
@@ -276,7 +284,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         self.img_size = to_2tuple(img_size)
         self.fixed_tradeoff = fixed_tradeoff
         grids = self._grid_sizes()
-        self.stages = nn.ModuleList([
+        self.stages: Any = nn.ModuleList([
             EvoLevitStage.build(stage, grids[max(i - 1, 0)], grids[i], fixed_tradeoff, representative_token)
             for i, stage in enumerate(self.stages)
         ])
@@ -295,8 +303,8 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         grids = [tuple(-(-size // info['reduction']) for size in self.img_size) for info in self.feature_info]
         if min(grids[0]) < 1 or (1, 1) in grids[:-1]:
             raise ValueError(
-                f'img_size {self.img_size} gives grids of {grids} patches, and a downsampling attention needs more than '
-                f'one to choose from; one side must be larger than {self.feature_info[-2:][0]["reduction"]} pixels.')
+                f'img_size {self.img_size} gives grids of {grids} patches. A downsampling attention needs more than '
+                f'one patch: one side must be larger than {self.feature_info[-2:][0]["reduction"]} pixels.')
         return grids
 
     def reset_parameters(self) -> None:
@@ -437,7 +445,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Forward features that returns intermediates, as in timm: the complete patch grid (B, C, h, w) after any stage."""
+        """Forward features that returns intermediates, as in timm: the complete grid (B, C, h, w) after any stage."""
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         intermediates: List[torch.Tensor] = []
@@ -547,7 +555,8 @@ def evo_levit_256(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
 @register_model
 def evo_levit_384(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
     """Evo-LeViT-384 @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    return _create_evo_levit('evo_levit_384', pretrained, **dict(dict(model_cfgs['levit_384'], drop_path_rate=0.1), **kwargs))
+    model_args = dict(model_cfgs['levit_384'], drop_path_rate=0.1)
+    return _create_evo_levit('evo_levit_384', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -577,4 +586,5 @@ def evo_levit_256_384(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
 @register_model
 def evo_levit_384_384(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
     """Evo-LeViT-384 @ 384x384 from paper (https://arxiv.org/abs/2108.01390)."""
-    return _create_evo_levit('evo_levit_384_384', pretrained, **dict(dict(model_cfgs['levit_384'], drop_path_rate=0.1), **kwargs))
+    model_args = dict(model_cfgs['levit_384'], drop_path_rate=0.1)
+    return _create_evo_levit('evo_levit_384_384', pretrained, **dict(model_args, **kwargs))

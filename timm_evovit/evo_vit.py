@@ -7,19 +7,20 @@ from itertools import chain
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 from timm.layers import Attention
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+from torch.nn import functional as F
 
 from . import evolution  # FX finds wrapped functions as attributes of their module
 from .base import EvolvingModel, check, check_flag, check_ratios, is_number, recast
 from .evolution import EvolutionState, EvolvingSequential, Selection
 
 __all__ = [
-    'EvoAttention', 'EvoBlock', 'EvolvedVisionTransformer', 'EvolvedVisionTransformerDistilled', 'EvolvingVit', 'evolve',
+    'EvoAttention', 'EvoBlock', 'EvolvedVisionTransformer', 'EvolvedVisionTransformerDistilled', 'EvolvingVit',
+    'evolve',
 ]
 
 
@@ -81,19 +82,19 @@ class EvolvingVit(EvolvingModel):
         depth = len(self.feature_info)  # as built; features_only may have pruned blocks since
         if stages is None:
             stages = sorted({depth // 3, 2 * depth // 3} - {0})
-        starts = (stages,) if is_number(stages) else stages
+        starts: Any = (stages,) if is_number(stages) else stages
         check(
             isinstance(starts, Sequence) and all(is_number(s, int) for s in starts), 'stages',
             'block indices such as (4, 8)', stages, TypeError)
         check(
             all(0 < s < depth for s in starts), 'stages', f'in 1 .. {depth - 1} for a model of {depth} blocks', stages)
         check(all(a < b for a, b in zip(starts, starts[1:])), 'stages', 'in ascending order', stages)
-        self.stage_starts = tuple(starts)
+        self.stage_starts: Tuple[int, ...] = tuple(starts)
         if tradeoff is None:
             first = self.stage_starts[0] if self.stage_starts else depth
             tradeoff = (1.,) * first + (0.5,) * (depth - first)
         self.fixed_tradeoff = check_ratios('tradeoff', tradeoff, depth, 'block', zero=True)
-        self.blocks = EvolvingSequential(
+        self.blocks: Any = EvolvingSequential(
             *self.blocks,
             tradeoff=self.fixed_tradeoff[:len(self.blocks)],
             num_prefix_tokens=self.num_prefix_tokens,
@@ -233,7 +234,7 @@ def evolve(
 
     The evolving model and the one given hold the same parameters and buffers, under the same names: training, casting
     or moving one does that to the weights of both. Its readout stays what it is. The one given stays dense, and in the
-    mode, training or evaluation, that it is in. A model in the wrapper of `features_only=True` comes back in a wrapper, and
+    mode, training or evaluation, that it is in. A model in the wrapper of `features_only=True` comes back in a wrapper:
     `set_keep_ratio` is then that of `evolved.model`.
 
     Args:
@@ -248,7 +249,7 @@ def evolve(
             wrong kind.
         ValueError: The model has no class token, or an argument is out of range or of the wrong length.
     """
-    args = dict(
+    args: Dict[str, Any] = dict(
         keep_ratio=keep_ratio, stages=stages, tradeoff=tradeoff, selection=selection,
         representative_token=representative_token)
     if isinstance(model, FeatureGetterNet):

@@ -10,8 +10,8 @@ from functools import partial
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-from torch import nn
 from timm.models import checkpoint
+from torch import nn
 
 __all__ = [
     'EvolutionState', 'EvolvingSequential', 'Schedule', 'Selection', 'StageState', 'class_attention', 'class_scores',
@@ -21,7 +21,7 @@ __all__ = [
 
 class Schedule(NamedTuple):
     """Where a sequence of blocks selects tokens and where it tracks global class attention, one entry per block."""
-    stage_keep_ratio: List[Optional[Tuple[int, int]]]  # of the stage that starts here, numerator and denominator, or None
+    stage_keep_ratio: List[Optional[Tuple[int, int]]]  # numerator and denominator where a stage starts, else None
     needs_class_attention: List[bool]  # a later selection reads the global class attention as it is after this block
 
     @classmethod
@@ -82,7 +82,7 @@ class Selection(NamedTuple):
 class EvolutionState:
     """What goes through the blocks beside the tokens, during one forward pass.
 
-    Modules get it as an argument and write to it, so that each of them returns one tensor, as hooks and wrappers expect.
+    Modules get it as an argument and write to it. Each of them returns one tensor, as hooks and wrappers expect.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class EvolutionState:
 def as_fraction(ratio: float) -> Tuple[int, int]:
     """Numerator and denominator of the decimal that a float was written as: 0.7 is 7 / 10.
 
-    With integers the number of kept patches is exact, and symbolic where the grid is. The denominator is at most 10**12,
-    so that products with a number of patches fit 64 bits.
+    With integers the number of kept patches is exact, and symbolic where the grid is. The limit of the denominator keeps
+    products with a number of patches within 64 bits.
     """
     return Fraction(str(ratio)).limit_denominator(10 ** 12).as_integer_ratio()
 
@@ -203,7 +203,7 @@ def split_tokens(
     flat_idx = (torch.cat([prefix, keep_idx + num_prefix_tokens], dim=1) + offset).flatten()
     slow = x.flatten(0, 1).index_select(0, flat_idx).view(B, num_prefix_tokens + K, C)
     representative: Optional[torch.Tensor] = None
-    if representative_token and K < n:
+    if representative_token and n > K:
         weight = global_attn.scatter(1, keep_idx, 0.)
         weight = weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-37)
         mean = weight.to(x.dtype).unsqueeze(1) @ x[:, num_prefix_tokens:]
@@ -251,8 +251,8 @@ def with_class_attention(block: nn.Module, x: torch.Tensor) -> Tuple[torch.Tenso
 class EvolvingSequential(nn.Sequential):
     """Transformer blocks that evolve slow and fast tokens, in place of the `nn.Sequential` of a dense model.
 
-    A block maps (B, N, C) to (B, N, C). Where class attention is needed it is called as `block(x, state)` and writes that
-    attention, (B, N), to `state.class_attn`. Each block has a module `grid`, an identity, that is called with the
+    A block maps (B, N, C) to (B, N, C). Where class attention is needed, it is called as `block(x, state)` and writes
+    that attention, (B, N), to `state.class_attn`. Each block has a module `grid`, an identity, that is called with the
     complete sequence where a stage starts at this block: a place for hooks.
     """
     schedule: Schedule

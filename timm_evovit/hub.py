@@ -3,9 +3,9 @@ import os
 from dataclasses import replace
 from typing import Any, Callable, Dict, Optional, Type, Union
 
-from torch import nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from torch import nn
 
 from .base import EvolvingModel
 

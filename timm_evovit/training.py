@@ -3,9 +3,9 @@
 Assisted CLS token loss (paper section of that name): the paper trains with the mean of two losses, one for the
 averaged-patch head and one for the class token head, L = (1 / B) sum_i [l(a_i, y_i) + l(c_i, y_i)] / 2. A training
 script that knows one tensor of logits computes (1 / B) sum_i l(z_i, y_i). With z_i drawn from a_i and c_i, each with
-probability 1 / 2 and independent of i and y_i, the expected gradient is that of L for every criterion that averages over
-samples. The draw is half and half within a batch, which lowers the variance and keeps the probability of each sample.
-The mean of both logits would not do: its cross entropy is that of L less the Bhattacharyya distance between the
+probability 1 / 2 and independent of i and y_i, the expected gradient is that of L for every criterion that averages
+over samples. The draw is half and half within a batch, which lowers the variance and keeps the probability of each
+sample. The mean of both logits would not do: its cross entropy is that of L less the Bhattacharyya distance between the
 predictions of the heads, which rewards the heads for disagreeing.
 """
 from typing import Tuple, Union
@@ -46,8 +46,8 @@ def stack_heads(logits: torch.Tensor, logits_dist: torch.Tensor) -> torch.Tensor
     """
     if logits.shape != logits_dist.shape:
         raise ValueError(
-            f'The head gives logits {list(logits.shape)}, the one for distillation {list(logits_dist.shape)}, and their '
-            f'mean is wanted. Replace all heads, best by reset_classifier(num_classes).')
+            f'The head gives logits {list(logits.shape)} and the one for distillation {list(logits_dist.shape)}, but '
+            f'their mean is wanted. Replace both, best by reset_classifier(num_classes).')
     return torch.stack([logits, logits_dist], dim=1)
 
 
