@@ -132,6 +132,6 @@ def image_logits(model: torch.nn.Module, image: torch.Tensor, heads: int) -> Tup
             tokens.append((weight * patch).sum(dim=(1, 2, 3)) + bias)
     x = torch.stack(tokens) + w['pos_embed'][0]
     result = evolve(
-        lambda i, y: block(w, i, y, heads), x, len(model.blocks), num_prefix, model.stages, model.keep_ratio,
-        model.tradeoff, model.selection == 'layer', model.blocks.representative_token)
+        lambda i, y: block(w, i, y, heads), x, len(model.blocks), num_prefix, model.stage_starts, model.keep_ratio,
+        model.blocks.tradeoff, model.selection == 'layer', model.blocks.representative_token)
     return (*logits(w, result.tokens, num_prefix), result)

@@ -101,20 +101,20 @@ def test_the_class_token_branch_is_dropped_where_there_is_none():
 
 
 @pytest.mark.parametrize('damage, message', [
-    (lambda sd: sd.pop('blocks.3.mlp.fc1.weight'), r'missing: blocks\.3\.mlp\.fc1\.weight'),
+    (lambda sd: sd.pop('blocks.3.mlp.fc1.weight'), r'Missing key.*blocks\.3\.mlp\.fc1\.weight'),
     (lambda sd: sd.pop('vs.5.v.bias'), r'qks\.5\.qk\.bias but not vs\.5\.v\.bias'),
-    (lambda sd: sd.pop('norm_cls.weight'), r'missing: norm_cls\.weight'),
-    (lambda sd: sd.update(surplus=torch.zeros(1)), 'unexpected: surplus'),
+    (lambda sd: sd.pop('norm_cls.weight'), r'Missing key.*norm_cls\.weight'),
+    (lambda sd: sd.update(surplus=torch.zeros(1)), 'Unexpected key.*surplus'),
     (lambda sd: sd.update({'blocks.0.norm2.weight': torch.ones(25)}),
-     r'wrong shape: blocks\.0\.norm2\.weight \(25,\) instead of \(24,\)'),
-    (lambda sd: sd.pop('head.weight'), r'missing: head\.weight'),
-    (lambda sd: sd.update({'head_cls.weight': torch.ones(7, 24)}), r'head_cls\.weight \(7, 24\) instead of \(10, 24\)'),
-    (lambda sd: sd.update({'patch_embed.proj.bias': torch.ones(7)}), r'patch_embed\.proj\.bias \(7,\) instead'),
+     r'size mismatch for blocks\.0\.norm2\.weight'),
+    (lambda sd: sd.pop('head.weight'), r'Missing key.*head\.weight'),
+    (lambda sd: sd.update({'head_cls.weight': torch.ones(7, 24)}), r'size mismatch for head_cls\.weight'),
+    (lambda sd: sd.update({'patch_embed.proj.bias': torch.ones(7)}), r'size mismatch for patch_embed\.proj\.bias'),
 ])
 def test_what_does_not_fit_is_named(damage, message):
     authors = as_authors_name_it(build().state_dict())
     damage(authors)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
         load(dict(state_dict=authors))
 
 
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_left_where_that_is_asked_for():
 
 def test_a_checkpoint_of_another_model_is_refused():
     resnet = timm.create_model('resnet18').state_dict()
-    with pytest.raises(ValueError, match='EvoVisionTransformer; missing: cls_token.*unexpected: conv1.weight'):
+    with pytest.raises(RuntimeError, match='(?s)EvoVisionTransformer.*Missing key.*cls_token.*Unexpected key.*conv1.weight'):
         load(dict(state_dict=resnet))
-    with pytest.raises(ValueError, match='blocks.6.norm1.weight'):
+    with pytest.raises(RuntimeError, match='blocks.6.norm1.weight'):
         load(dict(state_dict=build(depth=6).state_dict()))

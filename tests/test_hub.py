@@ -308,7 +308,7 @@ for i, push in enumerate(pushes):  # each way of timm's needs another way to car
     torch.nn.init.normal_(model.head.weight)
     images = torch.randn(2, 3, 32, 48)
     again = check(model, f'avg{i}', images, push)
-    assert again.stages == (1, 4) and again.selection == 'layer' and again.blocks.representative_token
+    assert again.stage_starts == (1, 4) and again.selection == 'layer' and again.blocks.representative_token
     assert again.tradeoff == (0.25,) * 6 and again.head_cls is None and again.patch_embed.img_size == (32, 48)
     larger = timm.create_model(f'hf-hub:somebody/avg{i}', pretrained=True, img_size=(48, 32))
     assert larger.pos_embed.shape == model.pos_embed.shape

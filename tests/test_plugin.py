@@ -36,7 +36,7 @@ CREATE = "m = create_model('evo_deit_small', device='meta'); print(type(m).__nam
     f'import torch, timm_evovit.hub; from timm import create_model; {CREATE}',
     f'import torch, timm_evovit.training; from timm import create_model; {CREATE}',
     f'import timm_evovit.evo_levit; from timm import create_model; {CREATE}',
-    f'import importlib, timm; importlib.import_module("timm_evovit").autoload(); from timm import create_model; {CREATE}',
+    f'import timm_evovit_autoload, timm; timm_evovit_autoload.autoload(); from timm import create_model; {CREATE}',
 ])
 def test_found_whatever_is_imported_first(code, tmp_path):
     out, err = run(code, tmp_path)

@@ -63,6 +63,13 @@ class EvoBlock(Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
+@torch.fx.wrap
+def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
+    """Raise ValueError if there is a mask."""
+    if attn_mask is not None or is_causal:
+        raise ValueError('attn_mask and is_causal are not supported: a mask cannot follow the selected tokens.')
+
+
 class EvolvingVit(EvolvingModel):
     """Slow-fast token evolution of a VisionTransformer, to be inherited from before it.
 
@@ -133,8 +140,14 @@ class EvolvingVit(EvolvingModel):
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
         """Image (B, in_chans, H, W) to tokens (B, N, C), the patch grid complete and in raster order."""
+        check_no_mask(attn_mask, is_causal)
         return self.norm(self.blocks(self._embed(x)))
 
     def forward_intermediates(
@@ -147,8 +160,11 @@ class EvolvingVit(EvolvingModel):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
             output_dict: bool = False,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
         """Forward features that returns intermediates, as in timm: the complete patch grid after any block."""
+        check_no_mask(attn_mask, is_causal)
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
@@ -188,9 +204,13 @@ class EvolvingVit(EvolvingModel):
         self.blocks(self._embed(x), state)
         return [(s, grid_size) for s in state.selections]
 
-    def forward(self, x: torch.Tensor) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
-        # attention masks are not taken: a mask could not follow the selected tokens
-        return self.forward_head(self.forward_features(x))
+    def forward(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+        return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
 
 class EvolvedVisionTransformer(EvolvingVit, VisionTransformer):
