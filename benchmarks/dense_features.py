@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""Segmentation on the feature maps of Evo-DeiT and of dense DeiT, trained from scratch: mean IoU and speed.
+
+    python benchmarks/dense_features.py --output benchmarks/results/dense_features.json --picture segmentation.png
+
+scikit-learn's handwritten zeros and ones are scattered over textures of scikit-image; every pixel is background, zero
+or one. Both backbones are timm's `features_only` models under the same small head, and take turns on the same images.
+"""
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import numpy as np
+import skimage.data
+import timm
+import torch
+from skimage.transform import resize
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import harness
+
+SIZE = 64
+CLASSES = ('background', 'zero', 'one')
+BACKBONES = ('deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224')
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--steps', type=int, default=400)
+    parser.add_argument('--batch-size', type=int, default=16)
+    parser.add_argument('--lr', type=float, default=2e-3)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0])
+    parser.add_argument('--images', type=int, default=256, help='number of images to validate on')
+    parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
+    parser.add_argument('--picture', type=Path, metavar='PNG', help='draw what the models of the last seed predict')
+    return parser.parse_args(argv)
+
+
+class Scenes:
+    """Images (B, 3, SIZE, SIZE) in [-1, 1] with labels (B, SIZE, SIZE), drawn from one part of the digits."""
+
+    def __init__(self, part: slice, seed: int) -> None:
+        digits = load_digits()
+        chosen = np.flatnonzero(digits.target[part] < 2)
+        self.digits, self.targets = digits.images[part][chosen] / 16, digits.target[part][chosen]
+        self.textures = [getattr(skimage.data, name)() / 255 for name in ('brick', 'grass', 'gravel')]
+        self.generator = np.random.default_rng(seed)
+
+    def draw(self) -> Tuple[np.ndarray, np.ndarray]:
+        g = self.generator
+        texture = self.textures[g.integers(3)]
+        y, x = g.integers(0, texture.shape[0] - SIZE), g.integers(0, texture.shape[1] - SIZE)
+        image = 0.6 * texture[y:y + SIZE, x:x + SIZE]
+        label = np.zeros((SIZE, SIZE), dtype=np.int64)
+        for _ in range(g.integers(2, 5)):
+            i, side = g.integers(len(self.digits)), int(g.integers(16, 29))
+            stroke = resize(self.digits[i], (side, side), order=1)
+            y, x = g.integers(0, SIZE - side + 1, size=2)
+            window = np.s_[y:y + side, x:x + side]
+            image[window] = image[window] * (1 - stroke) + stroke
+            label[window][stroke > 0.4] = 1 + self.targets[i]
+        return image, label
+
+    def batch(self, size: int, device: str) -> Tuple[torch.Tensor, torch.Tensor]:
+        images, labels = map(np.stack, zip(*(self.draw() for _ in range(size))))
+        x = torch.from_numpy(images).float().unsqueeze(1).expand(-1, 3, -1, -1) * 2 - 1
+        return x.contiguous().to(device), torch.from_numpy(labels).to(device)
+
+
+class Segmenter(nn.Module):
+    """Maps of two depths of a backbone, one convolution on each, their sum upsampled to the pixels."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.backbone = timm.create_model(
+            name, features_only=True, out_indices=(2, 5), img_size=SIZE, patch_size=4, embed_dim=64, depth=6,
+            num_heads=4, weight_init='jax')
+        self.heads = nn.ModuleList(
+            nn.Conv2d(c, 4 * len(CLASSES), 3, padding=1) for c in self.backbone.feature_info.channels())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = sum(head(f) for head, f in zip(self.heads, self.backbone(x)))
+        return F.interpolate(F.pixel_shuffle(maps, 2), x.shape[-2:], mode='bilinear')
+
+
+def iou(predicted: torch.Tensor, labels: torch.Tensor) -> List[float]:
+    """Intersection over union of each class, in percent."""
+    return [
+        100 * ((predicted == c) & (labels == c)).sum().item() / ((predicted == c) | (labels == c)).sum().item()
+        for c in range(len(CLASSES))
+    ]
+
+
+def draw(images: torch.Tensor, maps: Dict[str, torch.Tensor], path: Path) -> None:
+    """Images above maps of their classes."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1 + len(maps), len(images), figsize=(1.2 * len(images) + 1.5, 1.25 * (1 + len(maps))))
+    rows = {'image': images.permute(0, 2, 3, 1).cpu() / 2 + 0.5, **{name: m.cpu() for name, m in maps.items()}}
+    for (label, pictures), line in zip(rows.items(), axes):
+        for axis, picture in zip(line, pictures):
+            axis.imshow(picture, vmin=0, vmax=len(CLASSES) - 1)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label.replace('_patch', '\npatch'), rotation=0, ha='right', va='center', fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def train(seed: int, args: argparse.Namespace) -> Tuple[Dict[str, Segmenter], Dict[str, List[float]]]:
+    """Models trained in turns on the same images, and the seconds of their steps."""
+    models, optimizers, schedulers = {}, {}, {}
+    for name in BACKBONES:
+        torch.manual_seed(seed)
+        models[name] = Segmenter(name).to(args.device)
+        optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=args.lr, weight_decay=0.05)
+        schedulers[name] = torch.optim.lr_scheduler.OneCycleLR(optimizers[name], args.lr, total_steps=args.steps)
+    scenes = Scenes(slice(0, 1437), seed)
+    seconds: Dict[str, List[float]] = {name: [] for name in models}
+    for i in tqdm(range(args.steps), f'seed {seed}', unit='step', disable=None):
+        x, y = scenes.batch(args.batch_size, args.device)
+        for name in list(models) if i % 2 else reversed(list(models)):
+            start = harness.now(args.device)
+            F.cross_entropy(models[name](x), y).backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            seconds[name].append(harness.now(args.device) - start)
+            schedulers[name].step()
+    return models, seconds
+
+
+def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
+    args = parse_args(argv)
+    report = harness.Report('dense_features', args.output, args.device, sys.argv[1:] if argv is None else argv)
+    images, labels = Scenes(slice(1437, None), 1).batch(args.images, args.device)
+    for seed in args.seeds:
+        models, training = train(seed, args)
+        predicted = {}
+        with torch.inference_mode():
+            for name, model in models.items():
+                predicted[name] = torch.cat([model.eval()(x).argmax(dim=1) for x in images.split(32)])
+            inference = harness.time_in_turns(
+                {name: lambda model=model: model(images[:64]) for name, model in models.items()}, args.rounds, 1, 0.,
+                args.device)
+        for name in models:
+            values = iou(predicted[name], labels)
+            faster = harness.summarize(training[name], training[BACKBONES[0]], args.batch_size)
+            row = {
+                'model': name, 'baseline': BACKBONES[0], 'seed': seed, 'steps': args.steps, 'device': args.device,
+                'iou': dict(zip(CLASSES, values)), 'mean_iou': sum(values) / len(values),
+                'training_speed_up': faster['speed_up'],
+                **harness.summarize(inference[name], inference[BACKBONES[0]], min(64, args.images)),
+            }
+            report.add(row)
+            print(f'seed {seed}  {name:28} mean IoU {row["mean_iou"]:.2f} %  speed-up '
+                  f'{row["training_speed_up"]:.2f} in training, {row["speed_up"]:.2f} in inference')
+    if args.picture:
+        draw(images[:8], {'truth': labels[:8], **{name: p[:8] for name, p in predicted.items()}}, args.picture)
+    return report.data
+
+
+if __name__ == '__main__':
+    main()

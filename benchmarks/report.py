@@ -1,0 +1,314 @@
+#!/usr/bin/env python3
+"""Write the tables and plots of the documentation from the files in benchmarks/results.
+
+    python benchmarks/report.py            # write them
+    python benchmarks/report.py --check    # fail if a page or a plot is not what the results say
+
+A page marks where a table or a plot goes; what is between the marks is replaced:
+
+    <!-- table: speed mode=inference model=evo_deit_* -->
+    <!-- end -->
+    <!-- plot: speed speed.png file=speed-cpu -->
+    <!-- end -->
+
+The first word names one of the tables (speed, keep_ratio, dense_features) or plots (speed, top1, keep_ratio). A plot
+goes to the file named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the
+row with shell patterns, `file=` the name of the result file without `.json`. By default all files are taken whose name
+starts with that of the benchmark.
+"""
+import argparse
+import hashlib
+import json
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
+
+matplotlib.use('Agg')
+ROOT = Path(__file__).parent.parent
+MARK = re.compile(r'(<!-- (table|plot): ([^>]*?) -->\n)(.*?)(<!-- end -->)', re.DOTALL)
+TOP1 = {  # ImageNet-1k in the papers of Evo-ViT, DeiT and LeViT; LeViT's of 1000 epochs, Evo-LeViT's of 300
+    'evo_deit_tiny_patch16_224': 72.0, 'evo_deit_small_patch16_224': 79.4, 'evo_deit_base_patch16_224': 81.3,
+    'evo_deit_base_patch16_384': 82.0, 'evo_levit_128s': 73.0, 'evo_levit_128': 74.4, 'evo_levit_192': 76.8,
+    'evo_levit_256': 78.8, 'evo_levit_384': 80.7, 'evo_levit_256_384': 81.1, 'evo_levit_384_384': 82.2,
+    'deit_tiny_patch16_224': 72.2, 'deit_small_patch16_224': 79.8, 'deit_base_patch16_224': 81.8,
+    'deit_base_patch16_384': 83.1,
+    'levit_128s': 76.6, 'levit_128': 78.6, 'levit_192': 80.0, 'levit_256': 81.6, 'levit_384': 82.6,
+}
+Row = Dict[str, Any]
+
+
+class Mark(NamedTuple):
+    """What a page asks for."""
+    kind: str  # 'table' or 'plot'
+    name: str
+    file: Optional[str]  # of a plot
+    conditions: Dict[str, str]
+
+
+def parse_mark(kind: str, text: str) -> Mark:
+    name, *words = text.split()
+    known = TABLES if kind == 'table' else PLOTS
+    if name not in known:
+        raise ValueError(f"<!-- {kind}: {text} -->: there is no {kind} {name!r}, but {', '.join(known)}")
+    file = words.pop(0) if kind == 'plot' and words and words[0].endswith('.png') else None
+    if kind == 'plot' and file is None:
+        raise ValueError(f'<!-- {kind}: {text} -->: name a PNG file after {name!r}')
+    if wrong := [word for word in words if '=' not in word]:
+        raise ValueError(f'<!-- {kind}: {text} -->: conditions are KEY=PATTERN, got {wrong[0]!r}')
+    return Mark(kind, name, file, dict(word.split('=', 1) for word in words))
+
+
+def matches(value: Any, patterns: str) -> bool:
+    text = '' if value is None else str(value)
+    return any(fnmatchcase(text, pattern) for pattern in patterns.split(','))
+
+
+def select(mark: Mark, results: Path) -> List[Row]:
+    """Rows of the result files that a mark asks for, each with what its run was made with under 'of'.
+
+    Raises:
+        ValueError: There are none.
+    """
+    conditions = dict(mark.conditions)
+    files = conditions.pop('file', f"{'speed' if mark.name == 'top1' else mark.name}*")
+    rows = []
+    for path in sorted(results.glob('*.json')):
+        if matches(path.stem, files):
+            report = json.loads(path.read_text())
+            of = {key: value for key, value in report.items() if key != 'rows'}
+            of['by_run'] = {(row.get('run'), row.get('seed'), row['model']): row for row in report['rows']}
+            rows += [{**row, 'of': of} for row in report['rows']]
+    unknown = [key for key in conditions if not any(key in row for row in rows)]
+    if rows and unknown:
+        raise ValueError(f'{mark.kind} {mark.name}: no row has {unknown[0]!r}')
+    rows = [row for row in rows if all(key in row and matches(row[key], p) for key, p in conditions.items())]
+    if not rows:
+        raise ValueError(f'{mark.kind} {mark.name}: no row of {results.name}/*.json fits {mark.conditions}')
+    return rows
+
+
+def baseline(row: Row) -> Row:
+    return row['of']['by_run'][row.get('run'), row.get('seed'), row['baseline']]
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    return f'{value:.0f}' if value >= 100 else f'{value:.3g}'
+
+
+def setting(row: Row) -> str:
+    """How a model was run, where it differs from inference in float32."""
+    words = [
+        'training step' if row['mode'] == 'train' else '',
+        'layer-wise' if row.get('model_kwargs', {}).get('selection') == 'layer' else '',
+        row['dtype'] if row['dtype'] != 'float32' else '',
+        'compiled' if row['compile'] else '',
+        row['compile'] if row['compile'] not in (None, 'default') else '',
+        f"{row['img_size']} x {row['img_size']}" if row['img_size'] != 224 else '',
+    ]
+    others = {k: v for k, v in row.get('model_kwargs', {}).items() if (k, v) != ('selection', 'layer')}
+    return ', '.join([word for word in words if word] + [f'{k}={v}' for k, v in others.items()])
+
+
+def made_with(rows: List[Row]) -> str:
+    """One sentence per result file: hardware, versions, commit."""
+    lines = []
+    for of in {id(row['of']): row['of'] for row in rows}.values():
+        m, v = of['machine'], of['versions']
+        where = m['gpu'] or f"{m['cpu']} ({m['instructions']}), {m['threads']} of {m['cores']} cores"
+        memory = ', memory kept by the allocator' if 'MALLOC_TRIM_THRESHOLD_' in of['environment'] else ''
+        commit = (of['commit'] or 'unknown')[:10]
+        lines.append(f"{where}{memory}; torch {v['torch']}, timm {v['timm']}, {of['date']}, commit {commit}.")
+    return '\n'.join(dict.fromkeys(lines))
+
+
+def markdown(header: List[str], rows: List[List[str]]) -> str:
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in [header, ['---'] * len(header), *rows])
+
+
+def speed_table(rows: List[Row]) -> str:
+    rows = [row for row in rows if row['model'] != row['baseline']]
+    lines = []
+    for r in rows:
+        b = baseline(r)
+        ratio = f"{b['multiply_adds'] / r['multiply_adds']:.3f}" if b['multiply_adds'] and r['multiply_adds'] else ''
+        memory = f"{b['peak_memory'] / 1e6:.0f} / {r['peak_memory'] / 1e6:.0f}" if r.get('peak_memory') else ''
+        lines.append([
+            f"`{r['model']}`", setting(r), str(r['batch_size']), ratio,
+            f"**{r['speed_up']:.2f}** ({r['speed_up_min']:.2f} - {r['speed_up_max']:.2f})",
+            f"{number(b['images_per_second'])} / {number(r['images_per_second'])}", memory])
+    return markdown(['model', '', 'batch', 'multiply-adds ratio', 'speed-up (lowest - highest)', 'img/s, dense / this',
+                     'peak memory (MB), dense / this'], lines) + '\n\n' + made_with(rows)
+
+
+def keep_ratio_table(rows: List[Row]) -> str:
+    lines = [[
+        f"`{r['model']}`", 'dense' if r['keep_ratio'] is None else f"{r['keep_ratio']:g}", f"{r['top1']:.2f}",
+        number(r['images_per_second']), f"{r['speed_up']:.2f} ({r['speed_up_min']:.2f} - {r['speed_up_max']:.2f})"]
+        for r in rows]
+    return markdown(['model', 'keep ratio', 'top-1 %', 'img/s', 'speed-up (lowest - highest)'], lines) + (
+        f"\n\n{rows[0]['images']} images. " + made_with(rows))
+
+
+def dense_features_table(rows: List[Row]) -> str:
+    lines = [[
+        f"`{r['model']}`", str(r['seed']), f"{r['mean_iou']:.2f}", f"{r['training_speed_up']:.2f}",
+        f"{r['speed_up']:.2f}"] for r in rows]
+    header = ['backbone', 'seed', 'mean IoU %', 'speed-up, training', 'inference']
+    return markdown(header, lines) + '\n\n' + made_with(rows)
+
+
+def speed_plot(rows: List[Row]) -> plt.Figure:
+    """Speed-up of each row with its range, and the ratio of multiply-adds."""
+    rows = [row for row in rows if row['model'] != row['baseline']]
+    figure, axis = plt.subplots(figsize=(7.2, 1.2 + 0.27 * len(rows)), layout='constrained')
+    for y, r in enumerate(rows):
+        b = baseline(r)
+        axis.plot([r['speed_up_min'], r['speed_up_max']], [y, y], color='C0', lw=2, alpha=0.4, solid_capstyle='butt')
+        axis.plot(r['speed_up'], y, 'o', color='C0', label=None if y else 'measured, with its range')
+        if b['multiply_adds'] and r['multiply_adds']:
+            axis.plot(b['multiply_adds'] / r['multiply_adds'], y, '|', color='C3', ms=11, mew=2,
+                      label=None if y else 'ratio of multiply-adds')
+    axis.axvline(1, color='0.5', lw=1)
+    axis.set_yticks(range(len(rows)), [
+        ', '.join(filter(None, [r['model'], setting(r), f"batch {r['batch_size']}"])) for r in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel('times as fast as the dense model')
+    axis.grid(axis='x', alpha=0.3)
+    figure.legend(loc='outside upper center', ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def top1_plot(rows: List[Row]) -> plt.Figure:
+    """Top-1 in the papers against measured speed, a line from each dense model to its Evo-ViT."""
+    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout='constrained')
+    for r in rows:
+        if r['model'] == r['baseline'] or r['model'] not in TOP1 or r['baseline'] not in TOP1:
+            continue
+        b = baseline(r)
+        if b['img_size'] != r['img_size'] or (r['img_size'] != 224 and '384' not in r['baseline'].rsplit('_', 1)[-1]):
+            continue  # the papers have no dense model of this size
+        axis.plot([q['images_per_second'] for q in (b, r)], [TOP1[q['model']] for q in (b, r)], color='0.7', zorder=1)
+        for q, colour, marker, dy in ((b, 'C1', 's', 7), (r, 'C0', 'o', -7)):
+            axis.plot(q['images_per_second'], TOP1[q['model']], marker, color=colour)
+            axis.annotate(
+                q['model'].replace('_patch16', '').removesuffix('_224'), (q['images_per_second'], TOP1[q['model']]),
+                xytext=(0, dy), textcoords='offset points', fontsize=7, ha='center', va='bottom' if dy > 0 else 'top')
+    axis.set_xscale('log')
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter('{x:g}')
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.margins(x=0.12, y=0.12)
+    axis.set(xlabel='images per second, measured', ylabel='ImageNet-1k top-1 in the papers (%)')
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def keep_ratio_plot(rows: List[Row]) -> plt.Figure:
+    """Top-1 and speed-up over keep ratios, the dense model as a dashed line."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.8), layout='constrained')
+    curves: Dict[Tuple[str, int], List[Row]] = {}
+    for r in rows:
+        curves.setdefault((r['model'], id(r['of'])), []).append(r)
+    for i, ((model, _), points) in enumerate(curves.items()):
+        dense = [r for r in points if r['keep_ratio'] is None]
+        points = [r for r in points if r['keep_ratio'] is not None]
+        label = ', '.join([model, *(f'{k}={v}' for k, v in points[0]['evolve_kwargs'].items())])
+        x = [r['keep_ratio'] for r in points]
+        axes[0].plot(x, [r['top1'] for r in points], 'o-', color=f'C{i}', label=label)
+        axes[1].plot(x, [r['speed_up'] for r in points], 'o-', color=f'C{i}', label=label)
+        axes[1].fill_between(x, [r['speed_up_min'] for r in points], [r['speed_up_max'] for r in points],
+                             color=f'C{i}', alpha=0.15, lw=0)
+        for r in dense:
+            axes[0].axhline(r['top1'], color=f'C{i}', ls='--', lw=1)
+    axes[1].axhline(1, color='0.5', ls='--', lw=1)
+    for axis, ylabel in zip(axes, ('top-1 (%)', 'times as fast as the dense model')):
+        axis.set(xlabel='keep ratio', ylabel=ylabel, xlim=(1.05, 0.05))
+        axis.grid(alpha=0.3)
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(min(low, high - 5), high)  # a difference of one image should not look like a cliff
+    axes[1].legend(fontsize=8)
+    return figure
+
+
+TABLES: Dict[str, Callable[[List[Row]], str]] = {
+    'speed': speed_table, 'keep_ratio': keep_ratio_table, 'dense_features': dense_features_table}
+PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
+    'speed': speed_plot, 'top1': top1_plot, 'keep_ratio': keep_ratio_plot}
+
+
+def digest(mark: Mark, rows: List[Row]) -> str:
+    """Stands for the data of a plot, stored in its file: pixels differ between versions of matplotlib."""
+    data = [{key: value for key, value in row.items() if key != 'of'} for row in rows]
+    return hashlib.sha256(json.dumps([mark.name, data], sort_keys=True).encode()).hexdigest()
+
+
+def stored_digest(path: Path) -> Optional[str]:
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        return image.info.get('Data')
+
+
+def fill(page: Path, results: Path, check: bool) -> List[str]:
+    """Write the tables and plots of a page, or with `check` only find out which would change.
+
+    Returns:
+        What changed.
+    """
+    changed = []
+
+    def replace(match: re.Match) -> str:
+        mark = parse_mark(match[2], match[3])
+        rows = select(mark, results)
+        if mark.kind == 'table':
+            content = TABLES[mark.name](rows)
+        else:
+            path, expected = page.parent / mark.file, digest(mark, rows)
+            content = f'![{PLOTS[mark.name].__doc__.strip()}]({mark.file})'
+            if stored_digest(path) != expected:
+                changed.append(f'{page.name}: plot {mark.file}')
+                if not check:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    figure = PLOTS[mark.name](rows)
+                    figure.savefig(path, dpi=130, facecolor='white', metadata={'Data': expected})
+                    plt.close(figure)
+        content = f'\n{content}\n\n'
+        if content != match[4]:
+            changed.append(f'{page.name}: {mark.kind} {mark.name}')
+        return match[1] + content + match[5]
+
+    text = page.read_text()
+    new = MARK.sub(replace, text)
+    if new != text and not check:
+        page.write_text(new)
+    return changed
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('pages', nargs='*', type=Path, help="default: README.md and all pages of docs/")
+    parser.add_argument('--results', type=Path, default=ROOT / 'benchmarks' / 'results')
+    parser.add_argument('--check', action='store_true', help='write nothing, fail if something would change')
+    args = parser.parse_args(argv)
+    changed = []
+    for page in args.pages or [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]:
+        try:
+            changed += fill(page, args.results, args.check)
+        except ValueError as error:
+            parser.error(f'{page}: {error}')
+    for line in changed:
+        print(line)
+    if args.check and changed:
+        print('not what benchmarks/results says: run `python benchmarks/report.py`')
+    return int(args.check and bool(changed))
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""Speed of models side by side: images per second, peak memory and multiply-adds against a baseline.
+
+    python benchmarks/speed.py evo_deit_small_patch16_224 --against deit_small_patch16_224
+    python benchmarks/speed.py evo_deit_small_patch16_224 --against deit_small_patch16_224 --train
+    python benchmarks/speed.py evo_levit_256 --against levit_256 --reparam --output benchmarks/results/speed-levit.json
+    python benchmarks/speed.py model.onnx model.int8.onnx others.py:create_model tome:deit_small_patch16_224:13 \\
+        --against deit_small_patch16_224
+    python benchmarks/speed.py --suite benchmarks/suites/cpu.txt --output benchmarks/results/speed-cpu.json
+
+A model is a name that timm knows; `tome:NAME:R`, a Vision Transformer of timm that merges R tokens in every block, if
+the package tome is installed; `FILE.py:FUNCTION`, the model that the function returns; or `FILE.onnx`, run by ONNX
+Runtime. The baseline is the first model of --against, or the first of all. A suite is a file with the arguments of one
+run per line; each line is run in a process of its own, and all rows go to one result file.
+
+On Linux the C library returns large buffers to the system after each batch, which distorts timings. To switch that off:
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
+"""
+import argparse
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+import torch
+from timm.utils import ParseKwargs, reparameterize_model
+from torch.nn import functional as F
+
+import harness
+
+SETTINGS = ('mode', 'batch_size', 'img_size', 'dtype', 'compile', 'reparam', 'device')  # recorded in every row
+
+
+def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('models', nargs='*', metavar='MODEL', help='models to time, see above')
+    parser.add_argument('--against', nargs='+', default=[], metavar='MODEL', help='models to compare with')
+    parser.add_argument('--train', action='store_true', help='time training steps (AdamW) instead of inference')
+    parser.add_argument('-b', '--batch-size', type=int, default=32)
+    parser.add_argument('--img-size', type=int, help="input size, each model's own by default")
+    parser.add_argument('--num-classes', type=int, default=1000)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'),
+                        help='of weights and input in inference, of autocast in training')
+    parser.add_argument('--reparam', action='store_true', help='fold batch norms into linear layers (inference)')
+    parser.add_argument('--compile', nargs='?', const='default', metavar='MODE', help='torch.compile every model')
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--warmup', type=int, default=2, help='rounds that are not counted')
+    parser.add_argument('--seconds', type=float, default=1., help='minimum time of a model in a round')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs,
+                        help='arguments of the models, not of those of --against')
+    parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
+    parser.add_argument('--suite', type=Path, metavar='TXT', help='file with the arguments of one run per line')
+    args = parser.parse_args(argv)
+    if bool(args.models) == bool(args.suite):
+        parser.error('give one or more models, or a --suite')
+    if args.model_kwargs and (both := set(args.models) & set(args.against)):
+        parser.error(f"{', '.join(sorted(both))}: with --model-kwargs a model cannot be in --against as well")
+    if args.reparam and args.train:
+        parser.error('--reparam is for inference')
+    args.mode = 'train' if args.train else 'inference'
+    args.models = list(dict.fromkeys(args.against + args.models))
+    for spec in args.models:
+        try:
+            harness.check_model(spec)
+        except ValueError as error:
+            parser.error(str(error))
+        if spec.endswith('.onnx') and (args.train or args.compile or args.dtype != 'float32' or args.device != 'cpu'):
+            parser.error(f'{spec}: ONNX files are for inference in float32 on the CPU')
+    return args
+
+
+def create(spec: str, args: argparse.Namespace) -> torch.nn.Module:
+    kwargs = {} if spec in args.against else dict(args.model_kwargs)
+    if '.py:' not in spec:
+        kwargs['num_classes'] = args.num_classes
+        if args.img_size:
+            kwargs['img_size'] = args.img_size
+    return harness.create_model(spec, **kwargs)
+
+
+def build_step(spec: str, args: argparse.Namespace) -> Callable[[], Any]:
+    """A function that runs a model once, forward or a step of training."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    model = create(spec, args).train(args.train)
+    size = harness.input_size(model, args.img_size)
+    if args.reparam:
+        model = reparameterize_model(model)
+    model = model.to(device)
+    x = torch.randn(args.batch_size, *size, device=device)
+    if not args.train:
+        model, x = model.to(dtype), x.to(dtype)
+    forward = torch.compile(model, mode=args.compile) if args.compile else model
+    if not args.train:
+        return torch.inference_mode()(lambda: forward(x))
+
+    target = torch.randint(args.num_classes, (args.batch_size,), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    amp = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def step() -> None:
+        with amp:
+            loss = F.cross_entropy(forward(x).float(), target)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peak_memory(spec: str, args: argparse.Namespace) -> int:
+    """Bytes that building a model and running it twice adds to a process."""
+    cuda = args.device.startswith('cuda')
+    before = torch.cuda.memory_allocated() if cuda else harness.memory(peak=False)
+    step = build_step(spec, args)
+    step()
+    step()
+    return (torch.cuda.max_memory_allocated() if cuda else harness.memory(peak=True)) - before
+
+
+def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    """One row per model, the baseline first."""
+    rows = []
+    for spec in args.models:
+        model = create(spec, args)
+        rows.append({
+            'model': harness.without_folders(spec), 'baseline': harness.without_folders(args.models[0]),
+            **{k: getattr(args, k) for k in SETTINGS}, 'img_size': harness.input_size(model, args.img_size)[-1],
+            'model_kwargs': {} if spec in args.against else args.model_kwargs,
+            'params': sum(p.numel() for p in model.parameters()),
+            'multiply_adds': harness.multiply_adds(model, harness.input_size(model, args.img_size)),
+            'peak_memory': harness.in_new_process(peak_memory, spec, args),
+        })
+    steps = {spec: build_step(spec, args) for spec in args.models}
+    times = harness.time_in_turns(steps, args.rounds, args.warmup, args.seconds, args.device)
+    for spec, row in zip(args.models, rows):
+        row.update(harness.summarize(times[spec], times[args.models[0]], args.batch_size))
+    return rows
+
+
+def show(rows: List[Dict[str, Any]]) -> None:
+    print(f'\n{rows[0]["mode"]}, {rows[0]["dtype"]}, batch {rows[0]["batch_size"]}, {len(rows[0]["seconds"])} rounds')
+    print(f'{"model":32} {"params M":>9} {"GMACs":>8} {"img/s":>9} {"memory MB":>10} {"speed-up":>9}  (min - max)')
+    for r in rows:
+        gmacs = '' if r['multiply_adds'] is None else f'{r["multiply_adds"] / 1e9:.3f}'
+        spread = f'({r["speed_up_min"]:.3f} - {r["speed_up_max"]:.3f})'
+        print(f'{r["model"]:32} {r["params"] / 1e6:9.2f} {gmacs:>8} {r["images_per_second"]:9.1f} '
+              f'{r["peak_memory"] / 1e6:10.0f} {r["speed_up"]:9.3f}  {spread}')
+
+
+def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
+    args = parse_args(argv)
+    runs = [args]
+    if args.suite:
+        lines = [shlex.split(line, comments=True) for line in args.suite.read_text().splitlines()]
+        runs = [parse_args(line) for line in lines if line]  # all of them are checked before the first one starts
+    report = harness.Report('speed', args.output, args.device, sys.argv[1:] if argv is None else argv)
+    for i, run in enumerate(runs):
+        rows = harness.in_new_process(measure, run) if args.suite else measure(run)
+        report.add(*({'run': i, **row} for row in rows))
+        show(rows)
+    return report.data
+
+
+if __name__ == '__main__':
+    main()
