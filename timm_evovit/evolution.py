@@ -193,6 +193,7 @@ def split_tokens(
     Returns:
         Slow tokens (B, P + K [+ 1], C), their global class attention (B, K) and the rest.
     """
+    x = x.contiguous()  # so that rows of a flat view can be read and, at the end, written
     B, N, C = x.shape
     n = N - num_prefix_tokens
     K = num_kept(n, keep_ratio)
@@ -226,13 +227,15 @@ def merge_tokens(stage: StageState, slow: torch.Tensor) -> torch.Tensor:
     Returns:
         Tokens (B, N, C) in raster order.
     """
-    x = stage.x
-    B, N, C = x.shape
-    representative = stage.representative
+    x, representative = stage.x, stage.representative
     if representative is None:
-        return x.flatten(0, 1).index_copy(0, stage.flat_idx, slow.flatten(0, 1)).view(B, N, C)
-    x = x + (slow[:, -1:] - representative)
-    return x.flatten(0, 1).index_copy_(0, stage.flat_idx, slow[:, :-1].flatten(0, 1)).view(B, N, C)
+        x = x.clone()
+    else:
+        x = x + (slow[:, -1:] - representative)
+        slow = slow[:, :-1]
+    # in place, so that what is returned is no view: FSDP2 warns of views
+    x.view(-1, x.shape[2]).index_copy_(0, stage.flat_idx, slow.flatten(0, 1))
+    return x
 
 
 @torch.fx.wrap

@@ -1,0 +1,189 @@
+"""Hooks, sharding, vmap and attribution see what they see in timm: tensors, and complete tokens outside a stage."""
+import math
+import warnings
+
+import pytest
+import torch
+from helpers import build, build_deit, build_levit, images_for
+
+from timm_evovit import evolve
+
+MODELS = {
+    'deit': build_deit,
+    'levit': build_levit,
+    'evolved': lambda: evolve(build('vit_tiny_patch16_224')),
+}
+all_models = pytest.mark.parametrize('kind', MODELS)
+
+
+def sequences(model):
+    return [s.blocks for s in model.stages] if hasattr(model, 'stages') else [model.blocks]
+
+
+@all_models
+@pytest.mark.parametrize('mode', [False, True])
+def test_hooks_get_tensors(kind, mode):
+    """Every module returns one tensor. Those outside a stage return complete tokens."""
+    model = MODELS[kind]().train(mode)
+    model.set_keep_ratio(0.5)
+    outputs = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, args, output, name=name: outputs.update({name: output}))
+    x = images_for(model, 3)
+    model(x)
+    assert all(torch.is_tensor(output) for output in outputs.values())
+    if kind == 'levit':
+        for i, stage in enumerate(model.stages):
+            n = 1 + stage.grid_size[0] * stage.grid_size[1]
+            assert outputs[f'stages.{i}'].shape[:2] == outputs[f'stages.{i}.blocks'].shape[:2] == (3, n)
+    else:
+        n = model.pos_embed.shape[1]
+        assert outputs['blocks'].shape == (3, n, 24)
+        for start in model.stage_starts:
+            assert outputs[f'blocks.{start}.grid'].shape == (3, n, 24)
+            assert outputs[f'blocks.{start}'].shape[1] < n
+
+
+@all_models
+def test_a_sequence_alone_returns_complete_tokens(kind):
+    model = MODELS[kind]()
+    x = torch.randn(2, 17, model.stages[0].blocks[0].attn.qkv.linear.in_features if kind == 'levit' else model.embed_dim)
+    assert sequences(model)[0](x).shape == x.shape
+
+
+@all_models
+def test_vmap(kind):
+    """Over images, and over gradients of each sample, in evaluation mode."""
+    model = MODELS[kind]().double()
+    x = images_for(model, 3)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.func.vmap(lambda y: model(y[None])[0])(x), expected)
+    parameters = {k: v.detach() for k, v in model.named_parameters()}
+
+    def loss(parameters, y):
+        return torch.func.functional_call(model, parameters, (y[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        slope = torch.autograd.grad(model(x[i:i + 1]).square().sum(), list(model.parameters()), allow_unused=True)
+        for (name, g), s in zip(found.items(), slope):
+            torch.testing.assert_close(g[i], torch.zeros_like(g[i]) if s is None else s, msg=lambda m: f'{name}: {m}')
+
+
+@pytest.fixture(scope='module')
+def mesh():
+    from torch.distributed import destroy_process_group, device_mesh, init_process_group
+    init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield device_mesh.init_device_mesh('cpu', (1,))
+    destroy_process_group()
+
+
+@all_models
+@pytest.mark.parametrize('units', ['blocks', 'sequences', 'stages', 'everything'])
+def test_fully_shard(kind, units, mesh):
+    """FSDP2 around blocks, sequences, stages and the model: same result, gradients, no warning of views."""
+    fsdp = pytest.importorskip('torch.distributed.fsdp')
+    if not hasattr(fsdp, 'fully_shard'):
+        pytest.skip('this PyTorch has no fully_shard')
+    model = MODELS[kind]()
+    x = images_for(model, 3)
+    with torch.no_grad():
+        expected = [model(x)]
+        model.set_keep_ratio(0.25)
+        expected.append(model(x))
+        model.set_keep_ratio(0.5)
+    parts = []
+    if units in ('blocks', 'everything'):
+        parts += [block for blocks in sequences(model) for block in blocks]
+    if units in ('sequences', 'everything'):
+        parts += sequences(model)
+    if units in ('stages', 'everything') and kind == 'levit':
+        parts += list(model.stages)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='.*view.*')
+        for part in [*parts, model]:
+            fsdp.fully_shard(part, mesh=mesh)
+        for ratio, y in zip((0.5, 0.25), expected):
+            model.set_keep_ratio(ratio)
+            torch.testing.assert_close(model(x).detach(), y)
+        model.train()(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def grid_of(tokens):
+    """What the attribution libraries call a reshape transform."""
+    patches = tokens[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    return patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+
+
+def targets(model, kind):
+    """Modules whose output is the complete grid: the last two of each model, as docs/seeing.md recommends."""
+    return [model.stages[0], model.stages[1]] if kind == 'levit' else [model.blocks[s].grid for s in model.stage_starts]
+
+
+@pytest.mark.slow
+@all_models
+def test_grad_cam(kind):
+    grad_cam = pytest.importorskip('pytorch_grad_cam', reason='pytorch_grad_cam is not installed')
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    model = MODELS[kind]()
+    x = images_for(model, 2)
+    for layer in targets(model, kind):
+        highest = 0
+        with grad_cam.GradCAM(model, [layer], reshape_transform=grid_of) as cam:
+            for label in range(10):  # negative evidence makes an empty map
+                maps = cam(input_tensor=x, targets=[ClassifierOutputTarget(label)] * 2)
+                assert maps.shape == (2, *x.shape[2:])
+                highest = max(highest, maps.max())
+        assert highest == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.slow
+@all_models
+def test_captum(kind):
+    captum = pytest.importorskip('captum.attr', reason='captum is not installed')
+    model = MODELS[kind]()
+    x = images_for(model, 2)
+    layers = targets(model, kind) + [b[0] for b in sequences(model)] + [b[-1].attn for b in sequences(model)]
+    for layer in layers:  # blocks in a stage too: an attribution over the tokens that they see
+        activation = captum.LayerActivation(model, layer).attribute(x)
+        found = captum.LayerGradCam(model, layer).attribute(x, target=1)
+        assert len(found) == 2 and found.isfinite().all() and torch.is_tensor(activation)
+    conductance = captum.LayerConductance(model, layers[0]).attribute(x, target=1, n_steps=4)
+    assert conductance.abs().max() > 0
+    hooked = captum.LayerIntegratedGradients(model, layers[0]).attribute(x, target=1, n_steps=4)
+    assert hooked.abs().max() > 0
+
+
+@all_models
+def test_activation_checkpoint_wrapper(kind):
+    """PyTorch's own wrapper around blocks changes neither the output nor gradients."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    model = MODELS[kind]().train()
+    x = images_for(model, 3)
+
+    def gradients():
+        torch.manual_seed(0)  # the same heads
+        return torch.autograd.grad(model(x).square().sum(), list(model.parameters()), allow_unused=True)
+
+    expected = gradients()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ in ('EvoBlock', 'EvoLevitBlock'):
+            model.set_submodule(name, checkpoint_wrapper(module))
+    for g, e in zip(gradients(), expected):
+        assert (g is None) == (e is None)
+        if g is not None:
+            torch.testing.assert_close(g, e)
+
+
+def test_images_keep_their_layout_in_evaluation():
+    """The stem sees channels last strides, which is what makes it fast on a CPU."""
+    model, strides = build_levit(), []
+    model.stem.register_forward_pre_hook(lambda m, args: strides.append(args[0].is_contiguous(
+        memory_format=torch.channels_last)))
+    x = images_for(model, 2)
+    model(x)
+    model.train()(x)
+    assert strides == [True, False]
