@@ -1,0 +1,194 @@
+"""The layer-to-stage schedule under trainers other than timm's train.py."""
+import pytest
+import timm
+import torch
+from helpers import TINY, both_families, build, images_for
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import timm_evovit.evolution
+
+EPOCHS, LAYERWISE = 4, 2
+
+
+def model_of(family, **kwargs):
+    return build('evo_deit_tiny' if family == 'deit' else 'evo_levit_128s', **kwargs)
+
+
+@both_families
+def test_the_phase_follows_from_the_state(family):
+    """Flags that are set by hand, module by module, as Lightning does after validation, have the effect of train()."""
+    model = model_of(family, layer_to_stage_epochs=3)
+    model.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    x = images_for(model, 4)
+
+    def logits():
+        torch.manual_seed(0)  # the same heads
+        return model(x)
+
+    expected = logits()
+    model.eval()
+    assert not model.layerwise_phase
+    for name, module in model.named_modules():
+        module.training = modes[name]
+    assert model.layerwise_phase and model.epochs_started == 1
+    torch.testing.assert_close(logits(), expected)
+    model.set_epoch(3)
+    assert not model.layerwise_phase and not torch.allclose(logits(), expected)
+    model.set_epoch(0)
+    torch.testing.assert_close(logits(), expected)
+
+
+@both_families
+def test_compiled_once_for_each_phase(family):
+    """No graph break, and no compilation but at the change from one phase to the other."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = model_of(family, layer_to_stage_epochs=2)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = images_for(model, 4)
+    counts = []
+    for epoch in range(4):
+        for _ in range(3):
+            model.train()  # as transformers' Trainer does in each step
+            model.set_epoch(epoch)
+            compiled(x)
+        counts.append(len(graphs))
+        model.eval()
+        with torch.no_grad():
+            compiled(x)
+            compiled(x)
+    assert counts == [1, 2, 3, 3]  # layer-wise; evaluation; stage-wise
+
+
+@both_families
+def test_a_scripted_model_keeps_its_epoch(family):
+    model = model_of(family, layer_to_stage_epochs=1).train()
+    x = images_for(model, 4)
+    scripted = torch.jit.script(model)
+    for mode in (True, False):
+        model.train(mode).set_epoch(0)
+        torch.manual_seed(0)  # the same heads
+        expected = model(x)
+        model.set_epoch(5)  # of which the scripted model knows nothing
+        torch.manual_seed(0)
+        torch.testing.assert_close(scripted.train(mode)(x), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def layerwise(monkeypatch):
+    """Selections made in each forward pass of training."""
+    counts = []
+    split = timm_evovit.evolution.split_tokens
+
+    def counting(*args):
+        counts[-1] += 1
+        return split(*args)
+
+    monkeypatch.setattr(timm_evovit.evolution, 'split_tokens', counting)
+    return counts
+
+
+def dataset(n=8):
+    return TensorDataset(torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 10)
+
+
+def small_model():
+    return timm.create_model('evo_deit_tiny', **TINY, depth=6, layer_to_stage_epochs=LAYERWISE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('validation', [False, True])
+def test_lightning(layerwise, tmp_path, validation):
+    lightning = pytest.importorskip('lightning', reason='lightning is not installed')
+    phases = []
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = small_model()
+
+        def training_step(self, batch, index):
+            layerwise.append(0)
+            loss = F.cross_entropy(self.model(batch[0]), batch[1])
+            phases.append((self.current_epoch, layerwise[-1] > 2))
+            return loss
+
+        def validation_step(self, batch, index):
+            layerwise.append(0)
+            self.model(batch[0])
+            assert layerwise[-1] == 2  # stage-wise
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    class SetEpoch(lightning.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            module.model.set_epoch(trainer.current_epoch)
+
+    module = Classifier()
+    trainer = lightning.Trainer(
+        max_epochs=EPOCHS, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[SetEpoch()])
+    trainer.fit(module, DataLoader(dataset(), 4), DataLoader(dataset(), 4) if validation else None)
+    assert phases == [(epoch, epoch < LAYERWISE) for epoch in range(EPOCHS) for _ in range(2)]
+    assert module.model.epochs_started == EPOCHS
+
+
+@pytest.mark.slow
+def test_transformers(layerwise, tmp_path):
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    phases = []
+
+    class Classifier(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small_model()
+
+        def forward(self, pixel_values, labels=None):
+            layerwise.append(0)
+            logits = self.model(pixel_values)
+            if self.training:
+                phases.append(layerwise[-1] > 2)
+            else:
+                assert layerwise[-1] == 2
+            return dict(loss=F.cross_entropy(logits, labels), logits=logits)
+
+    class SetEpoch(transformers.TrainerCallback):
+        def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+            model.model.set_epoch(round(state.epoch))
+
+    module = Classifier()
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=EPOCHS, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        save_strategy='no', eval_strategy='epoch', disable_tqdm=True, logging_strategy='no', remove_unused_columns=False)
+    data = [dict(pixel_values=x, labels=y) for x, y in dataset()]
+    trainer = transformers.Trainer(module, args, train_dataset=data, eval_dataset=data, callbacks=[SetEpoch()])
+    trainer.train()
+    assert phases == [epoch < LAYERWISE for epoch in range(EPOCHS) for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_accelerate(layerwise):
+    accelerate = pytest.importorskip('accelerate', reason='accelerate is not installed')
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(dataset(), 4))
+    phases = []
+    for epoch in range(EPOCHS):
+        accelerator.unwrap_model(prepared).set_epoch(epoch)
+        for x, y in loader:
+            prepared.train()
+            layerwise.append(0)
+            accelerator.backward(F.cross_entropy(prepared(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+            phases.append(layerwise[-1] > 2)
+    assert phases == [epoch < LAYERWISE for epoch in range(EPOCHS) for _ in range(2)]
