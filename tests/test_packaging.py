@@ -52,7 +52,7 @@ def sdist(tmp_path_factory):
     python('-c', BUILD.format('build_sdist'), out, cwd=tree)
     archive, = out.iterdir()
     with tarfile.open(archive) as tar:
-        tar.extractall(out)
+        tar.extractall(out, filter='data')
     return out / archive.name.removesuffix('.tar.gz')
 
 
