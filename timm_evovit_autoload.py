@@ -9,31 +9,34 @@ import sys
 import warnings
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from typing import Any, Callable
 
 TARGET = 'timm.models'
 
 
-def _warn(what: str, error: BaseException) -> None:
+def _guard(what: str, function: Callable[[], Any]) -> None:
+    """Nothing that fails here may make an import of torch or timm fail: it costs a warning."""
     try:
-        warnings.warn(f'{what} could not be loaded: {error!r}', stacklevel=3)
-    except Warning as w:  # python -W error
-        print(w, file=sys.stderr)
+        function()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
+        try:
+            warnings.warn(f'{what} could not be loaded: {e!r}', stacklevel=3)
+        except Warning as w:  # python -W error
+            print(w, file=sys.stderr)
 
 
 def _load_plugins() -> None:
-    """Load all plugins. One that fails costs a warning and neither timm nor the other plugins."""
     for entry_point in entry_points(group=TARGET):
-        try:
-            entry_point.load()
-        except (Exception, SystemExit) as e:
-            _warn(f'timm plugin {entry_point.name} ({entry_point.value})', e)
+        _guard(f'timm plugin {entry_point.name} ({entry_point.value})', entry_point.load)
 
 
 class _Finder:
     """Finds `timm.models` once, with a loader that loads the plugins afterwards."""
 
     @classmethod
-    def find_spec(cls, fullname, path=None, target=None):
+    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
         if fullname != TARGET:
             return None
         sys.meta_path.remove(cls)
@@ -41,26 +44,20 @@ class _Finder:
         if spec is not None and spec.loader is not None:
             loader, exec_module = spec.loader, spec.loader.exec_module
 
-            def exec_module_and_plugins(module):
+            def exec_module_and_plugins(module: Any) -> None:
                 del loader.exec_module  # the loader's own method again
                 exec_module(module)
-                _guard(_load_plugins)
+                _guard('timm plugins', _load_plugins)
 
-            loader.exec_module = exec_module_and_plugins
+            loader.exec_module = exec_module_and_plugins  # type: ignore[method-assign]
         return spec
 
 
-def _guard(function) -> None:
-    """Nothing that fails here may make an import of torch or timm fail."""
-    try:
-        function()
-    except (Exception, SystemExit) as e:
-        _warn('timm plugins', e)
+def _watch() -> None:
+    if _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
 
 
 def autoload() -> None:
     """Load the plugins once `timm.models` is imported. PyTorch calls this, once per process."""
-    if TARGET in sys.modules:
-        _guard(_load_plugins)
-    elif _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
+    _guard('timm plugins', _load_plugins if TARGET in sys.modules else _watch)

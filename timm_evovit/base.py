@@ -98,7 +98,7 @@ class EvolvingModel(nn.Module):
 
     # -- keep ratio and schedule
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
         """Change the ratio of informative patches, weights untouched. At 1 the model is its dense baseline.
 
@@ -112,12 +112,12 @@ class EvolvingModel(nn.Module):
         self._remember_args(keep_ratio=self.keep_ratio)
         self._set_schedule()
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def _set_schedule(self) -> None:
         """Give each sequence of blocks the schedules that `_build_schedules` lays out; the model's part."""
         raise NotImplementedError
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def _build_schedules(
             self,
             tradeoff: Sequence[float],
@@ -136,13 +136,13 @@ class EvolvingModel(nn.Module):
         """Whether tokens are selected before every block at the moment, whatever `selection` says."""
         return self.training and self.layerwise_epochs
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def _update_schedule(self) -> None:
         count = self.epochs_started
         self.layerwise_epochs = count is not None and (count.is_meta or int(count) <= self.layer_to_stage_epochs)
         self._set_schedule()
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, and from here on do not count the calls of `train()`.
 
@@ -174,7 +174,7 @@ class EvolvingModel(nn.Module):
 
     # -- training with two heads
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_assisted_training(self, enable: bool = True) -> None:
         """Return (averaged-patch logits, class token logits) in training mode, for `AssistedLoss`."""
         self.assisted_training = enable
@@ -206,17 +206,17 @@ class EvolvingModel(nn.Module):
         args = {**getattr(self, '_model_args', {}), **self._current_args()}
         return {k: v for k, v in args.items() if k not in other and not k.endswith('_rate')}
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def _current_args(self) -> Dict[str, Any]:
         """Arguments that timm's own methods may have changed since construction; the model's part."""
         return {}
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def _remember_args(self, **args: Any) -> None:
         """Record arguments in the attribute in which newer versions of timm record and look for them."""
         self._model_args = {**getattr(self, '_model_args', {}), **args}
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def push_to_hf_hub(self, repo_id: str, *, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> Any:
         """Upload with timm's function of this name, `model_args` included.
 
@@ -246,7 +246,7 @@ class EvolvingModel(nn.Module):
 
     # -- what a model selects
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
         """Image (B, in_chans, H, W) to the token selections made in it, each with its grid size; the model's part."""
         raise NotImplementedError

@@ -94,7 +94,7 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
             self.norm_cls = None
             self.head_cls = None
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def _current_args(self) -> Dict[str, Any]:
         args = dict(
             img_size=self.patch_embed.img_size, patch_size=self.patch_embed.patch_size, in_chans=self.in_chans,
@@ -104,7 +104,7 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
             args['fc_norm'] = fc_norm  # reset_classifier changes the pooling and leaves the norm where it is
         return args
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
         matcher = super().group_matcher(coarse)
         matcher['blocks'][-1] = (r'^norm\.', (99999,))  # norm_cls belongs to the head, as fc_norm does

@@ -186,7 +186,7 @@ class EvoLevitStage(LevitStage):
                 del module.attention_biases, module.attention_bias_idxs
         return stage
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_schedule(self, schedule: Schedule, layerwise: Optional[Schedule]) -> None:
         """Set the schedules of all attentions, the downsampling one first."""
         first = 0
@@ -329,7 +329,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         elif isinstance(m, LevitMlp):
             nn.init.zeros_(m.ln2.bn.weight)
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def _set_schedule(self) -> None:
         """One schedule of all attentions, the downsampling ones included, is cut into those of the stages."""
         starts: List[int] = []
@@ -353,25 +353,25 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         for stage, (first, end) in zip(self.stages, bounds):
             stage.set_schedule(schedule.part(first, end), None if layerwise is None else layerwise.part(first, end))
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def _current_args(self) -> Dict[str, Any]:
         return dict(img_size=self.img_size, in_chans=self.in_chans, global_pool=self.global_pool)
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         super().set_grad_checkpointing(enable)
         for stage in self.stages:
             stage.blocks.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def no_weight_decay(self) -> Set[str]:
         return {n for n, _ in self.named_parameters() if n.rpartition('.')[2] in ('cls_token', 'pos_embed', 'tradeoff')}
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
         return dict(super().group_matcher(coarse), stem=r'^(?:stem\.|cls_token|pos_embed|tradeoff)')
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def get_classifier(self) -> nn.ModuleList:
         """All heads, as one module."""
         heads = [self.head, self.head_dist, self.head_cls, self.head_cls_dist]
@@ -460,7 +460,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
             return intermediates
         return x, intermediates
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
         """As in the base class. Blocks are counted through the stages, without downsampling attentions."""
         found: List[Tuple[Selection, Tuple[int, int]]] = []

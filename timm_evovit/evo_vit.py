@@ -118,11 +118,11 @@ class EvolvingVit(EvolvingModel):
         self.fixed_tradeoff = self.fixed_tradeoff[:depth]
         self._set_schedule()
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def _set_schedule(self) -> None:
         self.blocks.set_schedule(*self._build_schedules(self.blocks.tradeoff, self.stage_starts, self.keep_ratio))
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         super().set_grad_checkpointing(enable)
         self.blocks.grad_checkpointing = enable
@@ -197,7 +197,7 @@ class EvolvingVit(EvolvingModel):
             return intermediates
         return self.norm(x), intermediates
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
         grid_size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         state = EvolutionState()

@@ -282,13 +282,13 @@ class EvolvingSequential(nn.Sequential):
         self.grad_checkpointing = False
         self.set_schedule(Schedule.build(self.tradeoff, (), ()))
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def set_schedule(self, schedule: Schedule, layerwise: Optional[Schedule] = None) -> None:
         """Set the schedule, and the one that takes its place in training mode, if any."""
         self.schedule = schedule
         self.layerwise_schedule = layerwise
 
-    @torch.jit.ignore
+    @torch.jit.unused
     def __getitem__(self, idx: Union[int, slice]) -> nn.Module:
         """A block, the first blocks with their evolution (as pruning and early stopping take them), or any others."""
         if not isinstance(idx, slice):
