@@ -1,19 +1,16 @@
 """Training steps of the distributed test, importable by the processes that it starts."""
-import timm
 import torch
+from helpers import FAMILIES, build, images
 from timm import task
 from torch import distributed, nn
 
-from test_evo_deit import build as build_deit
-from test_evo_levit import build as build_levit
 from timm_evovit import AssistedLoss
 
 STEPS = 3
 PER_RANK = 4  # even, so that the joined batch alternates between the heads as each rank's does
 SELECTIONS = {'stage': {}, 'layer': dict(selection='layer'), 'switch': dict(layer_to_stage_epochs=2)}
-CASES = [(family, selection, loss)
-         for family, losses in (('deit', ('alternating', 'exact', 'distilled')), ('levit', ('alternating', 'distilled')))
-         for selection in SELECTIONS for loss in losses]
+LOSSES = {'deit': ('alternating', 'exact', 'distilled'), 'levit': ('alternating', 'distilled')}
+CASES = [(family, selection, loss) for family in LOSSES for selection in SELECTIONS for loss in LOSSES[family]]
 
 
 class Teacher(nn.Module):
@@ -25,8 +22,7 @@ class Teacher(nn.Module):
 
 def make_task(family, selection, loss):
     """Model and task, under whose care each version of timm gives the model another name."""
-    build = dict(deit=build_deit, levit=build_levit)[family]
-    model = build(depth=(3, 1, 2) if family == 'levit' else 4, **SELECTIONS[selection])
+    model = build(FAMILIES[family], depth=(3, 1, 2) if family == 'levit' else 4, **SELECTIONS[selection])
     if loss == 'distilled' and family == 'deit':
         return model, task.LogitDistillationTask(
             model, Teacher(), nn.CrossEntropyLoss(), task_loss_weight=0.5, verbose=False)
@@ -41,9 +37,8 @@ def make_task(family, selection, loss):
 
 
 def batch(family, step, rank):
-    generator = torch.Generator().manual_seed(100 * step + rank)
-    size = 64 if family == 'levit' else 32
-    return torch.randn(PER_RANK, 3, size, size, generator=generator), torch.arange(PER_RANK) + step + rank
+    x = images(PER_RANK, 64 if family == 'levit' else 32, seed=100 * step + rank)
+    return x, torch.arange(PER_RANK) + step + rank
 
 
 def make_optimizer(model):

@@ -1,4 +1,4 @@
-"""What the tests share: small models, comparisons, the authors' key names, and programs run in processes of their own."""
+"""What the tests share: small models, comparisons, the authors' key names, and a runner of programs."""
 import argparse
 import functools
 import math
@@ -13,7 +13,7 @@ import timm
 import torch
 from timm.utils import ParseKwargs
 
-PROGRAMS = Path(__file__).parent / 'programs'
+SCRIPTS = Path(__file__).parent / 'scripts'  # that tests run in processes of their own
 TINY = dict(num_classes=10, img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2)
 TINY_LEVIT = dict(num_classes=10, img_size=64, embed_dim=(16, 24, 32), key_dim=4, num_heads=(2, 3, 4), depth=(4, 2, 2))
 FAMILIES = {'deit': 'evo_deit_tiny', 'levit': 'evo_levit_128s'}
@@ -27,11 +27,9 @@ def tiny(name, **kwargs):
     return {**(TINY_LEVIT if 'levit' in name else TINY), **kwargs}
 
 
-def build(name, seed=0, **kwargs):
-    """A small model with weights and statistics large enough that attention is far from uniform and tokens differ."""
-    torch.manual_seed(seed)
-    model = timm.create_model(name, **tiny(name, **kwargs)).eval()
-    levit = 'levit' in name
+def randomize(model):
+    """Draw weights and statistics that make attention far from uniform, so that tokens differ in rank."""
+    levit = hasattr(model, 'stem')
     with torch.no_grad():
         for key, p in model.named_parameters():
             if 'pos_embed' in key or 'token' in key or key.endswith('latent'):
@@ -50,6 +48,12 @@ def build(name, seed=0, **kwargs):
             elif key.endswith('running_var'):
                 b.uniform_(0.5, 2)
     return model
+
+
+def build(name, seed=0, **kwargs):
+    """A small model in evaluation mode, see `randomize`."""
+    torch.manual_seed(seed)
+    return randomize(timm.create_model(name, **tiny(name, **kwargs))).eval()
 
 
 build_deit = functools.partial(build, FAMILIES['deit'])
@@ -138,7 +142,7 @@ def levit_names(model):
 
 def authors_names(model):
     """State dict under the authors' names, written out the other way round than the package does it."""
-    return levit_names(model) if hasattr(model, 'stages') and hasattr(model, 'stem') else deit_names(model)
+    return levit_names(model) if hasattr(model, 'stem') else deit_names(model)
 
 
 # Programs

@@ -1,6 +1,6 @@
-"""Evo-DeiT written out plainly: one image at a time, one token at a time where that is clearer, no batching.
+"""Evo-DeiT and Evo-LeViT written out plainly: one image at a time, one token at a time where that is clearer.
 
-Weights are read from the model's state dict; everything else is done here, after the paper and the authors' choices.
+Weights are read from the model; everything else is done here, after the paper and the authors' choices.
 """
 import math
 from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
@@ -135,3 +135,140 @@ def image_logits(model: torch.nn.Module, image: torch.Tensor, heads: int) -> Tup
         lambda i, y: block(w, i, y, heads), x, len(model.blocks), num_prefix, model.stage_starts, model.keep_ratio,
         model.blocks.tradeoff, model.selection == 'layer', model.blocks.representative_token)
     return (*logits(w, result.tokens, num_prefix), result)
+
+
+class ReferenceLevit:
+    """Evo-LeViT written out: images one by one, joined only where batch norm takes statistics over all of them."""
+
+    def __init__(self, model):
+        self.w = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.training = model.training
+        self.representative = model.stages[0].blocks.representative_token
+        self.layer_wise = model.selection == 'layer'
+        self.keep_ratio = model.keep_ratio
+        self.stages = [(len(s.blocks), s.blocks[0].attn.num_heads) for s in model.stages]
+        self.key_dim = model.stages[0].blocks[0].attn.key_dim
+        self.fixed = model.fixed_tradeoff if model.tradeoff is None else None
+        self.attentions = 0
+        self.statistics = {}
+        self.kept = []
+
+    def norm(self, name, xs):
+        """Rows of each x are what is normalized, columns are channels."""
+        mean, var = self.w[f'{name}.running_mean'], self.w[f'{name}.running_var']
+        if self.training:
+            rows = torch.cat(xs)
+            mean, var = rows.mean(dim=0), rows.var(dim=0, unbiased=False)
+            self.statistics[name] = mean, rows.var(dim=0)
+        return [(x - mean) / (var + 1e-5).sqrt() * self.w[f'{name}.weight'] + self.w[f'{name}.bias'] for x in xs]
+
+    def linear(self, name, xs):
+        return self.norm(f'{name}.bn', [x @ self.w[f'{name}.linear.weight'].T for x in xs])
+
+    def mlp(self, name, xs):
+        hidden = [F.hardswish(x) for x in self.linear(f'{name}.ln1', xs)]
+        return [x + y for x, y in zip(xs, self.linear(f'{name}.ln2', hidden))]
+
+    def heads(self, queries, keys, values):
+        """Lists over heads of (M, d), (N, d), (N, e); output (M, heads * e) and class attention (N,)."""
+        tables = [(q @ k.T / math.sqrt(self.key_dim)).softmax(dim=1) for q, k in zip(queries, keys)]
+        return torch.cat([t @ v for t, v in zip(tables, values)], dim=1), sum(t[0] for t in tables) / len(tables)
+
+    def block(self, name, xs, heads):
+        outs, rows, d = [], [], self.key_dim
+        for qkv in self.linear(f'{name}.attn.qkv', xs):
+            parts = qkv.chunk(heads, dim=1)
+            out, row = self.heads(*zip(*(p.split([d, d, p.shape[1] - 2 * d], dim=1) for p in parts)))
+            outs.append(F.hardswish(out))
+            rows.append(row)
+        xs = [x + y for x, y in zip(xs, self.linear(f'{name}.attn.proj.ln', outs))]
+        return self.mlp(f'{name}.mlp', xs), rows
+
+    def tradeoff(self):
+        self.attentions += 1
+        return self.fixed if self.fixed is not None else torch.sigmoid(self.w['tradeoff'][self.attentions - 1])
+
+    def downsample(self, name, xs, gs, grid):
+        xs = [x + self.w[f'{name}.attn_downsample.pos_embed'][0] for x in xs]
+        H, W = grid
+        chosen = [i * W + j for i in range(0, H, 2) for j in range(0, W, 2)]
+        heads, d = xs[0].shape[1] // self.key_dim, self.key_dim
+        kvs = self.linear(f'{name}.attn_downsample.kv', xs)
+        qs = self.linear(f'{name}.attn_downsample.q.ln', [x[[0] + [1 + i for i in chosen]] for x in xs])
+        a, outs, mixed = self.tradeoff(), [], []
+        for kv, q, g in zip(kvs, qs, gs):
+            parts = kv.chunk(heads, dim=1)
+            out, row = self.heads(q.chunk(heads, dim=1), [p[:, :d] for p in parts], [p[:, d:] for p in parts])
+            outs.append(F.hardswish(out))
+            m = (1 - a) * g[chosen] + a * row[1:][chosen]
+            mixed.append(m / m.sum() * g.sum())
+        return self.mlp(f'{name}.mlp', self.linear(f'{name}.attn_downsample.proj.ln', outs)), mixed
+
+    def group(self, stage, blocks, xs, gs, heads, ratio):
+        """Some blocks that share one selection; with ratio 1 there is none."""
+        n = len(xs[0]) - 1
+        k = n if ratio == 1 else max(1, int(n * ratio))
+        kept, rest, slow, before = [], [], [], []
+        for x, g in zip(xs, gs if gs is not None else [torch.zeros(n)] * len(xs)):
+            order = sorted(range(n), key=lambda i: -g[i].item())
+            kept.append(order[:k])
+            rest.append(order[k:])
+            parts = [x[[0] + [1 + i for i in kept[-1]]]]
+            if rest[-1] and self.representative:
+                before.append(g[rest[-1]] @ x[1:][rest[-1]] / g[rest[-1]].sum())
+                parts.append(before[-1][None])
+            slow.append(torch.cat(parts))
+        if ratio < 1:
+            self.kept.append([sorted(order) for order in kept])
+        for b in blocks:
+            slow, rows = self.block(f'stages.{stage}.blocks.{b}', slow, heads)
+            a = self.tradeoff()
+            fresh = []
+            for image, row in enumerate(rows):
+                own = row[1:1 + k]
+                if gs is None:
+                    fresh.append(own[torch.tensor(kept[image]).argsort()])
+                    continue
+                g = gs[image].clone()
+                g[kept[image]] = (1 - a) * g[kept[image]] + a * own
+                fresh.append(g)
+            gs = fresh
+        out = []
+        for image, x in enumerate(xs):
+            x = x.clone()
+            if rest[image] and self.representative:
+                for i in rest[image]:
+                    x[1 + i] += slow[image][-1] - before[image]
+            x[[0] + [1 + i for i in kept[image]]] = slow[image][:1 + k]
+            out.append(x)
+        return out, gs
+
+    def __call__(self, x):
+        """Images (B, in_chans, H, W) to the tokens after each stage and four logits (B, num_classes)."""
+        for i in range(1, 5):
+            x = F.conv2d(x, self.w[f'stem.conv{i}.linear.weight'], stride=2, padding=1)
+            B, C, H, W = x.shape
+            x = torch.stack(self.norm(f'stem.conv{i}.bn', list(x.flatten(2).transpose(1, 2))))
+            x = x.transpose(1, 2).reshape(B, C, H, W)
+            x = F.hardswish(x) if i < 4 else x
+        xs = [torch.cat([self.w['cls_token'][0], y.flatten(1).T]) + self.w['pos_embed'][0] for y in x]
+        gs, after = None, []
+        for stage, (depth, heads) in enumerate(self.stages):
+            if stage > 0:
+                xs, gs = self.downsample(f'stages.{stage}.downsample', xs, gs, (H, W))
+                H, W = math.ceil(H / 2), math.ceil(W / 2)
+            dense = min(2, depth) if stage == 0 else 0
+            groups = [([b], 1) for b in range(dense)]
+            if depth > dense:
+                last = list(range(dense, depth))
+                groups += [([b], self.keep_ratio[stage]) for b in last] if self.layer_wise else [
+                    (last, self.keep_ratio[stage])]
+            for blocks, ratio in groups:
+                xs, gs = self.group(stage, blocks, xs, gs, heads, ratio)
+            after.append(torch.stack(xs))
+        mean, cls = torch.stack([x[1:].mean(dim=0) for x in xs]), torch.stack([x[0] for x in xs])
+        logits = []
+        for name, y in (('head', mean), ('head_dist', mean), ('head_cls', cls), ('head_cls_dist', cls)):
+            y, = self.norm(f'{name}.bn', [y])
+            logits.append(y @ self.w[f'{name}.linear.weight'].T + self.w[f'{name}.linear.bias'])
+        return after, logits

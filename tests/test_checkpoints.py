@@ -2,42 +2,22 @@
 from argparse import Namespace
 
 import pytest
-import test_evo_levit
 import timm
 import torch
-from test_evo_deit import NAME, SMALL, build, images
+from helpers import FAMILIES, TINY, assert_same_weights, authors_names, both_families, build, build_deit, images, tiny
 
-
-def as_authors_name_it(state_dict):
-    """timm's naming to that of the authors, written out the other way round than the package does it."""
-    out = {}
-    for key, value in state_dict.items():
-        parts = key.split('.')
-        if parts[0] == 'blocks':
-            i, rest = parts[1], '.'.join(parts[2:])
-            if rest.startswith('attn.qkv.'):
-                third = len(value) // 3
-                out[f'qks.{i}.qk.{parts[-1]}'], out[f'vs.{i}.v.{parts[-1]}'] = value[:2 * third], value[2 * third:]
-                continue
-            if rest.startswith('attn.proj.'):
-                key = f'projs.{i}.{parts[-1]}'
-            elif rest.startswith('norm1.'):
-                key = f'norms.{i}.{parts[-1]}'
-        elif parts[0] == 'fc_norm':
-            key = f'norm.{parts[-1]}'
-        out[key] = value
-    return out
+NAME = FAMILIES['deit']
 
 
 def load(source, **kwargs):
     overlay = dict(source, num_classes=10)
     return timm.create_model(
-        NAME, pretrained=True, pretrained_cfg_overlay=overlay, **{**SMALL, **kwargs}).eval()
+        NAME, pretrained=True, pretrained_cfg_overlay=overlay, **{**TINY, **kwargs}).eval()
 
 
 def test_authors_names_from_state_dict_and_file(tmp_path):
-    model = build()
-    authors = as_authors_name_it(model.state_dict())
+    model = build_deit()
+    authors = authors_names(model)
     assert len(authors) == len(model.state_dict()) + 2 * 12
     torch.save({'model': authors}, tmp_path / 'authors.pth')
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'timm.pth')
@@ -45,36 +25,33 @@ def test_authors_names_from_state_dict_and_file(tmp_path):
             dict(state_dict=dict(authors)), dict(state_dict={'model': authors}), dict(state_dict=model.state_dict()),
             dict(file=str(tmp_path / 'authors.pth')), dict(file=str(tmp_path / 'timm.pth'))):
         loaded = load(source)
-        for key, value in model.state_dict().items():
-            assert torch.equal(loaded.state_dict()[key], value), key
+        assert_same_weights(loaded, model)
         assert torch.equal(loaded(images()), model(images()))
 
 
-@pytest.mark.parametrize('family', ['deit', 'levit'])
+@both_families
 def test_without_a_filter(family, tmp_path):
     """What `validate.py --checkpoint` and `train.py --initial-checkpoint` do: no filter, no configuration."""
-    model, authors, name, kwargs = (
-        (build(), as_authors_name_it, NAME, SMALL) if family == 'deit' else
-        (test_evo_levit.build(), test_evo_levit.authors_names, test_evo_levit.NAME, test_evo_levit.SMALL))
-    weights = authors(model.state_dict() if family == 'deit' else model)
-    torch.save({'model': weights, 'args': Namespace(lr=1)}, tmp_path / 'authors.pth')
-    expected = model.state_dict()
-    assert set(weights) != set(expected)
-    loaded = timm.create_model(name, checkpoint_path=str(tmp_path / 'authors.pth'), **kwargs)
-    other = timm.create_model(name, **kwargs)
-    timm.models.load_checkpoint(other, str(tmp_path / 'authors.pth'), use_ema=False)
-    nested = torch.nn.ModuleDict({'a': timm.create_model(name, **kwargs)})
+    name = FAMILIES[family]
+    model, path = build(name), str(tmp_path / 'authors.pth')
+    weights = authors_names(model)
+    assert set(weights) != set(model.state_dict())
+    torch.save({'model': weights, 'args': Namespace(lr=1)}, path)
+    assert_same_weights(timm.create_model(name, checkpoint_path=path, **tiny(name)), model)
+    other = timm.create_model(name, **tiny(name))
+    timm.models.load_checkpoint(other, path, use_ema=False)
+    assert_same_weights(other, model)
+    nested = torch.nn.ModuleDict({'a': timm.create_model(name, **tiny(name))})
     nested.load_state_dict({f'a.{k}': v for k, v in weights.items()})
-    for m in (loaded, other, nested['a']):
-        assert all(torch.equal(v, expected[k]) for k, v in m.state_dict().items())
-    weights.pop('cls_token')
+    assert_same_weights(nested['a'], model)
+    del weights['cls_token']
     with pytest.raises(RuntimeError, match='Missing key.*cls_token'):
         other.load_state_dict(weights)
 
 
 def test_sizes_are_adapted():
-    model = build()
-    source = dict(state_dict=as_authors_name_it(model.state_dict()))
+    model = build_deit()
+    source = dict(state_dict=authors_names(model))
     larger = load(source, img_size=48)
     assert larger.pos_embed.shape == (1, 37, 24) and larger(images(2, (48, 48))).shape == (2, 10)
     assert torch.equal(larger.pos_embed[:, :1], model.pos_embed[:, :1])
@@ -89,14 +66,14 @@ def test_sizes_are_adapted():
 
 
 def test_the_class_token_branch_is_dropped_where_there_is_none():
-    model = build()
-    source = dict(state_dict=as_authors_name_it(model.state_dict()))
+    model = build_deit()
+    source = dict(state_dict=authors_names(model))
     plain = load(source, assisted_cls=False)
     assert torch.equal(plain(images()), model(images()))
     assert not [k for k in plain.state_dict() if 'cls.' in k]
     backbone = timm.create_model(
         NAME, pretrained=True, pretrained_cfg_overlay=dict(source, num_classes=10), features_only=True,
-        **{**SMALL, 'num_classes': 0})
+        **{**TINY, 'num_classes': 0})
     assert [y.shape for y in backbone(images())] == [(2, 24, 4, 4)] * 3
 
 
@@ -112,25 +89,25 @@ def test_the_class_token_branch_is_dropped_where_there_is_none():
     (lambda sd: sd.update({'patch_embed.proj.bias': torch.ones(7)}), r'size mismatch for patch_embed\.proj\.bias'),
 ])
 def test_what_does_not_fit_is_named(damage, message):
-    authors = as_authors_name_it(build().state_dict())
+    authors = authors_names(build_deit())
     damage(authors)
     with pytest.raises((RuntimeError, ValueError), match=message):
         load(dict(state_dict=authors))
 
 
 def test_what_does_not_fit_is_left_where_that_is_asked_for():
-    authors = as_authors_name_it(build().state_dict())
+    authors = authors_names(build_deit())
     del authors['blocks.3.mlp.fc1.weight']
     authors['surplus'] = torch.zeros(1)
     model = load(dict(state_dict=authors), pretrained_strict=False)
-    own, theirs = model.state_dict(), build().state_dict()
+    own, theirs = model.state_dict(), build_deit().state_dict()
     differing = [k for k in own if not torch.equal(own[k], theirs[k])]
     assert differing == ['blocks.3.mlp.fc1.weight']
 
 
 def test_a_checkpoint_of_another_model_is_refused():
     resnet = timm.create_model('resnet18').state_dict()
-    with pytest.raises(RuntimeError, match='(?s)EvoVisionTransformer.*Missing key.*cls_token.*Unexpected key.*conv1.weight'):
+    with pytest.raises(RuntimeError, match='(?s)EvoVisionTransformer.*Missing key.*cls_token.*Unexpected .*conv1'):
         load(dict(state_dict=resnet))
     with pytest.raises(RuntimeError, match='blocks.6.norm1.weight'):
-        load(dict(state_dict=build(depth=6).state_dict()))
+        load(dict(state_dict=build_deit(depth=6).state_dict()))

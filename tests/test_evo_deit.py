@@ -1,86 +1,64 @@
 """Evo-DeiT against a plain reference, timm's dense models, and what a user of timm does with a model."""
 import copy
 import inspect
-import math
 import zlib
 from itertools import permutations
 
 import pytest
 import timm
 import torch
+from helpers import TINY, assert_same_weights, from_command_line, images, informative_indices, tiny
+from helpers import build_deit as build
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from reference import image_logits
-from timm.models import checkpoint
 from torch.nn import functional as F
 
-import timm_evovit.evolution
+import timm_evovit
 from timm_evovit import AssistedLoss, EvoVisionTransformer, informative_tokens
 
 NAME = 'evo_deit_tiny_patch16_224'
-SMALL = dict(num_classes=10, img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2)
 
 
-def build(seed=0, name=NAME, **kwargs):
-    """A small model with weights large enough that attention is far from uniform and tokens differ in rank."""
-    torch.manual_seed(seed)
-    model = timm.create_model(name, **{**SMALL, **kwargs}).eval()
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if p.ndim > 1:
-                p.normal_(std=0.5 / math.sqrt(p[0].numel()) if 'pos_embed' not in key and 'token' not in key else 0.5)
-            elif key.endswith('weight'):
-                p.uniform_(0.5, 1.5)
-            else:
-                p.normal_(std=0.2)
-            if key.endswith('qkv.weight'):
-                p.mul_(4)
-    return model
-
-
-def images(n=2, size=(32, 32), chans=3, seed=1):
-    return torch.randn(n, chans, *size, generator=torch.Generator().manual_seed(seed))
-
-
-configurations = st.fixed_dictionaries(dict(
-    seed=st.integers(0, 10_000),
-    depth=st.integers(2, 7),
-    heads=st.sampled_from([1, 2, 3]),
-    grid=st.tuples(st.integers(1, 4), st.integers(1, 5)),
-    reg_tokens=st.integers(0, 2),
-    batch=st.integers(1, 3),
-    selection=st.sampled_from(['stage', 'layer']),
-    representative_token=st.booleans(),
-    data=st.data(),
-))
-
-
-@settings(max_examples=30, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),  # shrinking takes minutes
-          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(c=configurations)
-def test_matches_the_written_out_method(c):
-    draw = c['data'].draw
-    stages = draw(st.lists(st.integers(1, c['depth'] - 1), unique=True, max_size=3).map(sorted))
+@st.composite
+def arguments(draw):
+    """Arguments of `build`."""
+    depth = draw(st.integers(2, 7))
+    stages = draw(st.lists(st.integers(1, depth - 1), unique=True, max_size=3).map(sorted))
     ratio = st.one_of(st.floats(0.05, 0.95), st.just(1.), st.sampled_from([0.25, 0.5]))
     weight = st.one_of(st.floats(0, 1), st.sampled_from([0., 0.5, 1.]))
-    height, width = c['grid']
-    model = build(
-        c['seed'], depth=c['depth'], num_heads=c['heads'], img_size=(height * 4, width * 4), patch_size=4,
-        reg_tokens=c['reg_tokens'], stages=stages, keep_ratio=[draw(ratio) for _ in stages],
-        tradeoff=[draw(weight) for _ in range(c['depth'])],
-        selection=c['selection'], representative_token=c['representative_token'],
-    ).double()
-    x = images(c['batch'], (height * 4, width * 4), seed=c['seed']).double()
-    with torch.no_grad():
-        logits = model(x)
-        intermediates = model.forward_intermediates(x, output_fmt='NLC', return_prefix_tokens=True)[1]
-        found = informative_tokens(model, x)
-        model.set_assisted_training()
-        pair = model.train()(x)
+    return dict(
+        seed=draw(st.integers(0, 10_000)),
+        depth=depth,
+        num_heads=draw(st.sampled_from([1, 2, 3])),
+        img_size=(4 * draw(st.integers(1, 4)), 4 * draw(st.integers(1, 5))),
+        patch_size=4,
+        reg_tokens=draw(st.integers(0, 2)),
+        stages=stages,
+        keep_ratio=[draw(ratio) for _ in stages],
+        tradeoff=[draw(weight) for _ in range(depth)],
+        selection=draw(st.sampled_from(['stage', 'layer'])),
+        representative_token=draw(st.booleans()),
+    )
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=30, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate),  # shrinking takes minutes
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(kwargs=arguments(), batch=st.integers(1, 3))
+@torch.no_grad()
+def test_matches_the_written_out_method(kwargs, batch):
+    model = build(**kwargs).double()
+    x = images(batch, kwargs['img_size'], seed=kwargs['seed']).double()
+    logits = model(x)
+    intermediates = model.forward_intermediates(x, output_fmt='NLC', return_prefix_tokens=True)[1]
+    found = {t.block: informative_indices(t) for t in informative_tokens(model, x)}
+    model.set_assisted_training()
+    pair = model.train()(x)
     for b, image in enumerate(x):
-        expected, expected_cls, result = image_logits(model, image, c['heads'])
-        kept = {t.block: t.mask[b].flatten().nonzero().flatten().tolist() for t in found}
-        assert kept == result.kept
+        expected, expected_cls, result = image_logits(model, image, kwargs['num_heads'])
+        assert {block: kept[b] for block, kept in found.items()} == result.kept
         for i, (patches, prefix) in enumerate(intermediates):
             torch.testing.assert_close(torch.cat([prefix[b], patches[b]]), result.after[i])
         torch.testing.assert_close(logits[b], expected)
@@ -97,11 +75,9 @@ def test_reference_runs_more_than_one_kind_of_stage():
     assert (first.mask != second.mask).any() and (first.mask[0] != first.mask[1]).any()
 
 
-
-
 def recorded_model(**kwargs):
     """Weights and images made by a formula, so that others can make the same."""
-    model = timm.create_model(NAME, **SMALL, **kwargs).double().eval()
+    model = timm.create_model(NAME, **TINY, **kwargs).double().eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
             wave = torch.arange(1, p.numel() + 1, dtype=torch.float64) * 12.9898 + zlib.crc32(key.encode()) % 1000
@@ -115,8 +91,11 @@ def recorded_model(**kwargs):
     return model, x
 
 
-# What the authors' code makes of it in float64: for both images the first four logits of the averaged-patch head and
-# the first two of the class token head
+# Logits that the authors' deit/evo_deit.py (github.com/YifanXu74/Evo-ViT, commit 4c5d9b3) computes in float64 with the
+# weights of `recorded_model`, loaded under the authors' names into its EvoVisionTransformer: 32 x 32 images, patch 8,
+# width 24, 3 heads, MLP ratio 2, LayerNorm eps 1e-6, tradeoff 1 for blocks 0-3 and 0.5 after. For both images the
+# first four of the averaged-patch head, and the first two of the class token head in training mode. Computed again in
+# November 2026: the same.
 RECORDED = {
     'stage': (
         [0.184347, -0.263037, 0.753110, 1.236889, -0.047140, -0.112418, 0.810375, 1.385870],
@@ -192,7 +171,7 @@ def test_permuted_patches_give_permuted_tokens():
     dict(fc_norm=False), dict(final_norm=False), dict(patch_size=(4, 8)), dict(qkv_bias=False),
 ])
 def test_keep_ratio_1_is_timm(kwargs):
-    kwargs = dict(SMALL, **{'global_pool': 'avg', 'depth': 6, **kwargs})
+    kwargs = dict(TINY, **{'global_pool': 'avg', 'depth': 6, **kwargs})
     dense = timm.create_model('deit_tiny_patch16_224', **kwargs).eval()
     model = timm.create_model(NAME, representative_token=True, **kwargs).eval()
     missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
@@ -208,40 +187,40 @@ def test_keep_ratio_1_is_timm(kwargs):
         torch.testing.assert_close(model.forward_intermediates(x)[1], dense.forward_intermediates(x)[1])
 
 
+@torch.no_grad()
 def test_set_keep_ratio_touches_no_weights():
-    model = build()
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    x = images()
-    with torch.no_grad():
-        half = model(x)
-        model.set_keep_ratio((0.25, 1))
-        mixed = informative_tokens(model, x)
-        assert [t.block for t in mixed] == [4] and mixed[0].mask.sum(dim=(1, 2)).tolist() == [4, 4]
-        model.set_keep_ratio(1e-6)
-        assert all(t.mask.sum(dim=(1, 2)).tolist() == [1, 1] for t in informative_tokens(model, x))
-        model.set_keep_ratio(0.5)
-        assert torch.equal(model(x), half)
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    model, x = build(), images()
+    before, half = copy.deepcopy(model), model(x)
+    model.set_keep_ratio((0.25, 1))
+    mixed, = informative_tokens(model, x)
+    assert mixed.block == 4 and mixed.mask.sum(dim=(1, 2)).tolist() == [4, 4]
+    model.set_keep_ratio(1e-6)
+    assert all(t.mask.sum(dim=(1, 2)).tolist() == [1, 1] for t in informative_tokens(model, x))
+    model.set_keep_ratio(0.5)
+    assert torch.equal(model(x), half)
+    assert_same_weights(model, before)
 
 
-def test_published_sizes():
-    """Parameters with and without the class token branch."""
-    expected = {
-        'evo_deit_tiny': (5_910_800, 5_717_416),
-        'evo_deit_small': (22_436_432, 22_050_664),
-        'evo_deit_base': (87_338_192, 86_567_656),
-    }
-    for short, counts in expected.items():
-        for name in (short, f'{short}_patch16_224'):
-            for assisted, count in zip((True, False), counts):
-                model = timm.create_model(name, assisted_cls=assisted, device='meta')
-                assert sum(p.numel() for p in model.parameters()) == count
-        assert timm.get_pretrained_cfg(short).tag == timm.get_pretrained_cfg(f'{short}_patch16_224').tag
-    for name in ('evo_deit_small_patch16_384', 'evo_deit_base_patch16_384'):
-        model = timm.create_model(name, device='meta')
-        assert model.patch_embed.img_size == (384, 384) and model.pretrained_cfg['crop_pct'] == 0.875
-        data = timm.data.resolve_data_config(model=model)
-        assert data['input_size'] == (3, 384, 384) and data['interpolation'] == 'bicubic'
+@pytest.mark.parametrize('name, with_branch, without', [
+    ('evo_deit_tiny', 5_910_800, 5_717_416),
+    ('evo_deit_small', 22_436_432, 22_050_664),
+    ('evo_deit_base', 87_338_192, 86_567_656),
+])
+def test_published_sizes(name, with_branch, without):
+    """Parameters with and without the class token branch, as the paper's models have them."""
+    for full_name in (name, f'{name}_patch16_224'):
+        for assisted_cls, count in ((True, with_branch), (False, without)):
+            model = timm.create_model(full_name, assisted_cls=assisted_cls, device='meta')
+            assert sum(p.numel() for p in model.parameters()) == count
+    assert timm.get_pretrained_cfg(name).tag == timm.get_pretrained_cfg(f'{name}_patch16_224').tag
+
+
+@pytest.mark.parametrize('name', ['evo_deit_small_patch16_384', 'evo_deit_base_patch16_384'])
+def test_larger_input(name):
+    model = timm.create_model(name, device='meta')
+    assert model.patch_embed.img_size == (384, 384) and model.pretrained_cfg['crop_pct'] == 0.875
+    data = timm.data.resolve_data_config(model=model)
+    assert data['input_size'] == (3, 384, 384) and data['interpolation'] == 'bicubic'
 
 
 # Training
@@ -297,9 +276,9 @@ def test_heads_answer_random_halves(batch):
 
 @pytest.mark.parametrize('kwargs', [
     {}, dict(selection='layer'), dict(representative_token=True), dict(representative_token=True, selection='layer'),
-    dict(assisted_cls=False), dict(global_pool='token'), dict(global_pool='map'), dict(keep_ratio=1), dict(reg_tokens=1),
-    dict(num_classes=0), dict(img_size=8), dict(global_pool='max'), dict(global_pool='avgmax'), dict(fc_norm=False),
-    dict(final_norm=False), dict(patch_drop_rate=0.25), dict(init_values=0.1, qk_norm=True),
+    dict(assisted_cls=False), dict(global_pool='token'), dict(global_pool='map'), dict(keep_ratio=1),
+    dict(reg_tokens=1), dict(num_classes=0), dict(img_size=8), dict(global_pool='max'), dict(global_pool='avgmax'),
+    dict(fc_norm=False), dict(final_norm=False), dict(patch_drop_rate=0.25), dict(init_values=0.1, qk_norm=True),
 ])
 @pytest.mark.parametrize('batch', [1, 2])
 def test_every_parameter_has_a_gradient(kwargs, batch):
@@ -332,23 +311,24 @@ def test_gradients_of_training_match_finite_differences(representative_token):
 def test_grad_checkpointing_changes_nothing(monkeypatch, kwargs):
     gradients = []
     for enable, reentrant in ((False, False), (True, False), (True, True)):
-        model = build(**kwargs).train()
+        model, runs = build(**kwargs).train(), []
         model.set_grad_checkpointing(enable)
         monkeypatch.setattr('timm.layers.config._USE_REENTRANT_CKPT', reentrant)
-        calls = []
-        monkeypatch.setattr(
-            timm_evovit.evolution, 'checkpoint', 
-            lambda block, x: calls.append(getattr(block, 'args', [block])[0]) or checkpoint(block, x))
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda block, args, runs=runs: runs.append(block))
         torch.manual_seed(0)  # the same heads
         model(images()).square().sum().backward()
-        assert calls == list(model.blocks) * enable
+        assert [runs.count(block) for block in model.blocks] == [1 + enable] * 12  # again in the backward pass
         gradients.append([p.grad for p in model.parameters()])
-        if enable and not reentrant:
-            checkpointed = model.forward_intermediates(images())[1]
-            model.set_grad_checkpointing(False)
-            torch.testing.assert_close(checkpointed, model.forward_intermediates(images())[1])
     for checkpointed in gradients[1:]:
         torch.testing.assert_close(checkpointed, gradients[0])
+
+
+def test_checkpointed_features():
+    model = build().train()
+    expected = model.forward_intermediates(images())[1]
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model.forward_intermediates(images())[1], expected)
 
 
 def test_assisted_head_follows_the_readout():
@@ -369,34 +349,41 @@ def test_assisted_head_follows_the_readout():
 # What timm does with a model
 
 @pytest.mark.parametrize('kwargs', [{}, dict(selection='layer'), dict(representative_token=True), dict(reg_tokens=2)])
+@torch.no_grad()
 def test_features_are_complete_grids_at_every_block(kwargs):
-    model = build(img_size=(24, 40), **kwargs)
-    x = images(2, (24, 40))
-    with torch.no_grad():
-        final, maps = model.forward_intermediates(x)
-        tokens = [y for y in model.forward_intermediates(x, output_fmt='NLC', intermediates_only=True)]
-        assert [m.shape for m in maps] == [(2, 24, 3, 5)] * 12
-        for m, t in zip(maps, tokens):
-            assert torch.equal(m.flatten(2).transpose(1, 2), t)
-        assert torch.equal(final, model.forward_features(x))
-        backbone = timm.create_model(
-            NAME, **{**SMALL, 'img_size': (24, 40)}, **kwargs, features_only=True, out_indices=(1, 5, 6)).eval()
-        backbone.model.load_state_dict(model.state_dict(), strict=False)
-        for i, m in zip((1, 5, 6), backbone(x)):
-            torch.testing.assert_close(m, maps[i])
-        early, dictionary = [
-            model.forward_intermediates(x, [5], stop_early=True, norm=True, intermediates_only=True, output_dict=d)
-            for d in (False, True)]
-        torch.testing.assert_close(early[0], dictionary['image_intermediates'][0])
-        assert list(dictionary) == ['image_intermediates']
-        full = model.forward_intermediates(x, [5], return_prefix_tokens=True, output_dict=True)
-        assert full['image_intermediates_prefix'][0].shape == (2, model.num_prefix_tokens, 24)
-        assert torch.equal(model.get_intermediate_layers(x, [5], reshape=True)[0], maps[5])
+    model, x = build(img_size=(24, 40), **kwargs), images(2, (24, 40))
+    final, maps = model.forward_intermediates(x)
+    assert [m.shape for m in maps] == [(2, 24, 3, 5)] * 12
+    tokens = model.forward_intermediates(x, output_fmt='NLC', intermediates_only=True)
+    assert all(torch.equal(m.flatten(2).transpose(1, 2), t) for m, t in zip(maps, tokens, strict=True))
+    assert torch.equal(final, model.forward_features(x))
+    backbone = timm.create_model(
+        NAME, features_only=True, out_indices=(1, 5, 6), **tiny(NAME, img_size=(24, 40), **kwargs)).eval()
+    backbone.model.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(backbone(x), [maps[i] for i in (1, 5, 6)])
+    assert torch.equal(model.get_intermediate_layers(x, [5], reshape=True)[0], maps[5])
+
+
+@torch.no_grad()
+def test_forms_of_intermediates():
+    model, x = build(reg_tokens=2), images()
+    early, dictionary = [
+        model.forward_intermediates(x, [5], stop_early=True, norm=True, intermediates_only=True, output_dict=d)
+        for d in (False, True)]
+    torch.testing.assert_close(early[0], dictionary['image_intermediates'][0])
+    assert list(dictionary) == ['image_intermediates']
+    full = model.forward_intermediates(x, [5], return_prefix_tokens=True, output_dict=True)
+    assert full['image_intermediates_prefix'][0].shape == (2, 3, 24)
+
+
+@pytest.mark.parametrize('mask', [dict(attn_mask=torch.ones(16, 16)), dict(is_causal=True)])
+def test_attention_masks_are_refused(mask):
+    """They could not follow the selected tokens."""
+    model = build()
     for forward in (model, model.forward_features, model.forward_intermediates):
-        forward(x, attn_mask=None, is_causal=False)
-        for mask in (dict(attn_mask=torch.ones(16, 16)), dict(is_causal=True)):
-            with pytest.raises(ValueError, match='a mask cannot follow the selected tokens'):
-                forward(x, **mask)
+        forward(images(), attn_mask=None, is_causal=False)
+        with pytest.raises(ValueError, match='a mask cannot follow the selected tokens'):
+            forward(images(), **mask)
 
 
 @pytest.mark.parametrize('last', range(12))
@@ -457,8 +444,10 @@ def test_drop_rates_train(kwargs):
     assert torch.equal(model(images()), model(images()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kwargs, fused', [
-    ({}, True), ({}, False), (dict(selection='layer', representative_token=True), True), (dict(global_pool='token'), True)])
+    ({}, True), ({}, False), (dict(selection='layer', representative_token=True), True),
+    (dict(global_pool='token'), True)])
 def test_script_fx_and_export(kwargs, fused):
     from timm.layers import set_fused_attn
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -492,30 +481,27 @@ def test_compiles_without_a_graph_break(kwargs):
     torch.testing.assert_close(*gradients)
 
 
-def test_low_precision_and_meta():
-    model = build(representative_token=True)
-    x = images()
-    with torch.no_grad():
-        full = model(x)
-        with torch.autocast('cpu', torch.bfloat16):
-            torch.testing.assert_close(model(x).float(), full, rtol=0.1, atol=0.1 * full.abs().max().item())
-        model.to(torch.bfloat16)
-        half = model(x.bfloat16())
-    assert half.dtype == torch.bfloat16 and informative_tokens(model, x.bfloat16())[0].attention.dtype == torch.float32
-    meta = timm.create_model('evo_deit_small', device='meta', dtype=torch.bfloat16)
-    assert {p.device.type for p in meta.parameters()} == {'meta'} and {p.dtype for p in meta.parameters()} == {torch.bfloat16}
-    assert meta(torch.empty(3, 3, 224, 224, device='meta', dtype=torch.bfloat16)).shape == (3, 1000)
-    model.train()
+@torch.no_grad()
+def test_low_precision():
+    model, x = build(representative_token=True), images()
+    full = model(x)
     with torch.autocast('cpu', torch.bfloat16):
-        model.float()(x).float().sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        torch.testing.assert_close(model(x).float(), full, rtol=0.1, atol=0.1 * full.abs().max().item())
+    assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    assert informative_tokens(model, x.bfloat16())[0].attention.dtype == torch.float32
+
+
+def test_meta_device():
+    model = timm.create_model('evo_deit_small', device='meta', dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
+    assert model(torch.empty(3, 3, 224, 224, device='meta', dtype=torch.bfloat16)).shape == (3, 1000)
 
 
 def test_initialisation_is_timms():
     torch.manual_seed(0)
-    model = timm.create_model(NAME, **SMALL)
+    model = timm.create_model(NAME, **TINY)
     assert 0.015 < model.head_cls.weight.std() < 0.025 and model.head_cls.bias.abs().max() == 0
-    jax = timm.create_model(NAME, **SMALL, weight_init='jax')
+    jax = timm.create_model(NAME, **TINY, weight_init='jax')
     assert jax.head.weight.abs().max() == 0 and jax.head_cls.weight.abs().max() == 0
     with torch.no_grad():
         for p in model.parameters():
@@ -528,7 +514,8 @@ def test_parameter_groups():
     from timm.optim import param_groups_layer_decay
     model = build()
     assert {'pos_embed', 'cls_token'} <= model.no_weight_decay()
-    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
+    groups = param_groups_layer_decay(
+        model, weight_decay=0.05, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
     scale = {id(p): g['lr_scale'] for g in groups for p in g['params']}
     order = [scale[id(p)] for p in (
         model.cls_token, model.blocks[0].norm1.weight, model.blocks[11].norm1.weight, model.head.weight)]
@@ -557,76 +544,67 @@ def test_deepcopy_and_pickle(tmp_path):
 
 # informative_tokens
 
-def test_informative_tokens_leaves_nothing_behind():
-    model = build().train()
-    model.head.eval()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
-    found = informative_tokens(model, images())
-    assert model.training and model.blocks.training and not model.head.training
-    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    for t in found:
+def test_informative_tokens():
+    for t in informative_tokens(build(), images()):
         assert t.mask.shape == t.attention.shape == (2, 4, 4) and t.mask.dtype == torch.bool
         assert t.attention[t.mask].min() > 0
         for mask, attention in zip(t.mask, t.attention):
             assert attention[mask].min() >= attention[~mask].max()
     assert len(informative_tokens(build(selection='layer'), images())) == 8
     with pytest.raises(TypeError, match='VisionTransformer'):
-        informative_tokens(timm.create_model('deit_tiny_patch16_224', **SMALL), images())
+        informative_tokens(timm.create_model('deit_tiny_patch16_224', **TINY), images())
+
+
+def test_informative_tokens_leaves_nothing_behind():
+    model = build().train()
+    model.head.eval()
+    before = copy.deepcopy(model)
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
+    informative_tokens(model, images())
+    assert model.training and model.blocks.training and not model.head.training
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == attributes
+    assert_same_weights(model, before)
 
 
 # Bad input
 
 @pytest.mark.parametrize('kwargs, error, message', [
     (dict(keep_ratio=0), ValueError, r'keep_ratio must be in \(0, 1\], got 0'),
-    (dict(keep_ratio=1.5), ValueError, '1.5'),
     (dict(keep_ratio=float('nan')), ValueError, 'nan'),
     (dict(keep_ratio=(0.5,)), ValueError, r'2, one per evolution stage, got \(0.5,\)'),
-    (dict(keep_ratio=(0.5, -1)), ValueError, '-1'),
-    (dict(keep_ratio='half'), TypeError, 'half'),
-    (dict(keep_ratio=True), TypeError, 'True'),
     (dict(keep_ratio=(0.5, '0.5')), TypeError, "'0.5'"),
-    (dict(stages=(0, 4)), ValueError, r'1 .. 11 for a model of 12 blocks, got \(0, 4\)'),
-    (dict(stages=(4, 12)), ValueError, '12'),
-    (dict(stages=(8, 4)), ValueError, 'ascending'),
-    (dict(stages=(4, 4)), ValueError, 'ascending'),
+    (dict(keep_ratio=True), TypeError, 'True'),
+    (dict(stages=(4, 12)), ValueError, r'1 .. 11 for a model of 12 blocks, got \(4, 12\)'),
+    (dict(stages=(8, 4)), ValueError, r'ascending order, got \(8, 4\)'),
     (dict(stages=(4, 8.5)), TypeError, '8.5'),
-    (dict(stages='48'), TypeError, '48'),
     (dict(tradeoff=1.2), ValueError, r'tradeoff must be in \[0, 1\], got 1.2'),
     (dict(tradeoff=(0.5,) * 11), ValueError, r'12, one per block, got \(0.5'),
     (dict(tradeoff='learned'), TypeError, 'learned'),
     (dict(selection='token'), ValueError, "'stage' or 'layer', got 'token'"),
     (dict(class_token=False), ValueError, 'class_token must be True'),
     (dict(representative_token='false'), TypeError, "representative_token must be True or False, got 'false'"),
-    (dict(assisted_cls=0), TypeError, 'assisted_cls must be True or False, got 0'),
     (dict(block_fn=torch.nn.Identity), TypeError, 'EvoBlock'),
     (dict(attn_layer='diff'), TypeError, 'diff'),
     (dict(not_an_argument=1), TypeError, 'not_an_argument'),
 ])
 def test_bad_arguments(kwargs, error, message):
     with pytest.raises(error, match=message):
-        timm.create_model(NAME, **SMALL, **kwargs)
+        timm.create_model(NAME, **TINY, **kwargs)
 
 
 def test_bad_keep_ratio_loses_nothing():
     model = build(keep_ratio=(0.25, 0.75))
     expected = model(images())
-    for bad in (0, 2, (0.5,), 'x', float('nan')):
+    for bad in (0, (0.5,), 'x'):
         with pytest.raises((ValueError, TypeError)):
             model.set_keep_ratio(bad)
     assert model.keep_ratio == (0.25, 0.75) and torch.equal(model(images()), expected)
 
 
 def test_arguments_as_a_command_line_gives_them():
-    from timm.utils import ParseKwargs
-    import argparse
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--model-kwargs', nargs='*', action=ParseKwargs)
-    args = parser.parse_args([
-        '--model-kwargs', 'keep_ratio=[0.5,0.7]', 'stages=4,8', 'tradeoff=0.25', 'selection=layer',
-        'representative_token=True', 'assisted_cls=False'])
-    model = timm.create_model(NAME, **SMALL, **args.model_kwargs)
+    model = build(**from_command_line(
+        'keep_ratio=[0.5,0.7]', 'stages=4,8', 'tradeoff=0.25', 'selection=layer', 'representative_token=True',
+        'assisted_cls=False'))
     assert model.keep_ratio == (0.5, 0.7) and model.stage_starts == (4, 8) and model.blocks.tradeoff == [0.25] * 12
     assert model.selection == 'layer' and model.blocks.representative_token and model.head_cls is None
 
@@ -636,6 +614,3 @@ def test_documented_and_typed():
         assert inspect.getdoc(thing)
     for method in ('set_keep_ratio', 'set_assisted_training', 'forward_intermediates'):
         assert inspect.getdoc(getattr(EvoVisionTransformer, method))
-    assert set(timm_evovit.__all__) <= set(dir(timm_evovit))
-    with pytest.raises(AttributeError, match='no_such_name'):
-        timm_evovit.no_such_name

@@ -2,17 +2,18 @@
 import copy
 import math
 
+import helpers
 import pytest
 import reference
 import timm
 import torch
+from helpers import TINY, images_for, informative_indices
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Attention, ResPostBlock, VisionTransformer
 
-import timm_evovit
 from timm_evovit import evolve, informative_tokens
 
-SMALL = dict(num_classes=5, img_size=32, patch_size=8, embed_dim=24, depth=6, num_heads=3)
+SMALL = dict(TINY, depth=6)
 MODELS = [
     ('deit_small_patch16_224', {}),
     ('deit_tiny_distilled_patch16_224', {}),
@@ -27,25 +28,8 @@ MODELS = [
 
 
 def build(name='vit_base_patch16_224', seed=0, **kwargs):
-    """A small dense model with weights large enough that tokens differ in rank."""
-    torch.manual_seed(seed)
-    model = timm.create_model(name, **{**SMALL, **kwargs}).double().eval()
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if 'pos_embed' in key or 'token' in key or key.endswith('latent'):
-                p.normal_(std=0.5)
-            elif p.ndim > 1:
-                p.normal_(std=(2 if key.endswith('qkv.weight') else 0.5) / math.sqrt(p[0].numel()))
-            elif key.endswith('weight'):
-                p.uniform_(0.5, 1.5)
-            elif 'gamma' not in key:
-                p.normal_(std=0.2)
-    return model
-
-
-def images(model, n=3):
-    size = model.patch_embed.img_size
-    return torch.randn(n, model.in_chans, *size, generator=torch.Generator().manual_seed(1)).double()
+    """A small dense model in float64."""
+    return helpers.build(name, seed, **{'depth': 6, **kwargs}).double()
 
 
 def written_out(dense, evolved, x):
@@ -63,8 +47,8 @@ def written_out(dense, evolved, x):
     hook.remove()
     return [
         reference.evolve(
-            block, y, len(dense.blocks), dense.num_prefix_tokens, evolved.stage_starts, evolved.keep_ratio, evolved.blocks.tradeoff,
-            evolved.selection == 'layer', evolved.blocks.representative_token)
+            block, y, len(dense.blocks), dense.num_prefix_tokens, evolved.stage_starts, evolved.keep_ratio,
+            evolved.blocks.tradeoff, evolved.selection == 'layer', evolved.blocks.representative_token)
         for y in before[0]
     ]
 
@@ -77,14 +61,14 @@ def written_out(dense, evolved, x):
 @torch.no_grad()
 def test_evolves_the_blocks_it_is_given(name, config, kwargs):
     dense = build(name, **config)
-    x = images(dense)
+    x = images_for(dense)
     before = dense(x)
     evolved = evolve(dense, **kwargs)
     expected = written_out(dense, evolved, x)
     found = informative_tokens(evolved, x)
     assert [t.block for t in found] == list(expected[0].kept) and len(found) >= 2
     for t in found:
-        assert [m.flatten().nonzero().flatten().tolist() for m in t.mask] == [r.kept[t.block] for r in expected]
+        assert informative_indices(t) == [r.kept[t.block] for r in expected]
     tokens = dense.norm(torch.stack([r.tokens for r in expected]))
     torch.testing.assert_close(evolved(x), dense.forward_head(tokens))
     last, maps = evolved.forward_intermediates(x, indices=[2, 4], output_fmt='NLC', return_prefix_tokens=True)
@@ -96,21 +80,27 @@ def test_evolves_the_blocks_it_is_given(name, config, kwargs):
 
 
 @pytest.mark.parametrize('name, config', MODELS, ids=[f'{i}-{name}' for i, (name, _) in enumerate(MODELS)])
-def test_keep_ratio_1_leaves_outputs_and_everything_is_shared(name, config):
+@torch.no_grad()
+def test_keep_ratio_1_leaves_outputs(name, config):
     dense = build(name, **config)
-    x = images(dense)
+    x = images_for(dense)
     evolved = evolve(dense, keep_ratio=1)
-    with torch.no_grad():
-        torch.testing.assert_close(evolved(x), dense(x))
-        evolved.set_keep_ratio(0.5)
-        assert not torch.allclose(evolved(x), dense(x))
+    torch.testing.assert_close(evolved(x), dense(x))
+    evolved.set_keep_ratio(0.5)
+    assert not torch.allclose(evolved(x), dense(x))
+
+
+@pytest.mark.parametrize('name, config', MODELS, ids=[f'{i}-{name}' for i, (name, _) in enumerate(MODELS)])
+def test_everything_is_shared(name, config):
+    dense = build(name, **config)
+    evolved = evolve(dense)
     assert isinstance(evolved, type(dense)) and evolved.pretrained_cfg == dense.pretrained_cfg
     assert dict(evolved.named_parameters()).keys() == dict(dense.named_parameters()).keys()
     assert all(a is b for a, b in zip(evolved.parameters(), dense.parameters()))
     assert list(evolved.state_dict()) == list(dense.state_dict())
     parameters = sum(p.numel() for p in dense.parameters())
     dense.reset_classifier(2)  # of one of them, the other keeps its own
-    assert evolved(x).shape[-1] == 5 and sum(p.numel() for p in evolved.parameters()) == parameters
+    assert evolved(images_for(evolved)).shape[-1] == 10 and sum(p.numel() for p in evolved.parameters()) == parameters
 
 
 @pytest.mark.parametrize('depth, stages', [(12, (4, 8)), (24, (8, 16)), (6, (2, 4)), (7, (2, 4)), (2, (1,)), (1, ())])
@@ -121,7 +111,7 @@ def test_default_stages_are_a_dense_third_and_two_equal_stages(depth, stages):
 @pytest.mark.parametrize('name', ['vit_base_patch16_224', 'deit_tiny_distilled_patch16_224'])
 def test_feature_maps_either_way(name):
     dense = build(name)
-    x = images(dense)
+    x = images_for(dense)
     config = {**SMALL, 'out_indices': (1, 4)}
     features = timm.create_model(name, features_only=True, **config).double().eval()
     features.model.load_state_dict(dense.state_dict(), strict=False)
@@ -138,49 +128,66 @@ def test_feature_maps_either_way(name):
             assert (i == 1) == torch.allclose(a, c)  # before any selection the dense maps
 
 
-@pytest.mark.parametrize('name, config', [MODELS[1], MODELS[6]], ids=['distilled', 'registers'])
-def test_script_fx_export_compile_and_copies(name, config, tmp_path):
+some_models = pytest.mark.parametrize('name, config', [MODELS[1], MODELS[6]], ids=['distilled', 'registers'])
+
+
+@pytest.mark.slow
+@some_models
+@torch.no_grad()
+def test_script_fx_export_and_compile(name, config):
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
     evolved = evolve(build(name, **config))
-    x = images(evolved)
-    with torch.no_grad():
-        expected = evolved(x)
-        torch.testing.assert_close(torch.jit.script(evolved)(x), expected)
-        node = get_graph_node_names(evolved)[1][-1]
-        torch.testing.assert_close(create_feature_extractor(evolved, [node])(x)[node], expected)
-        batch = torch.export.Dim('batch', min=2, max=64)
-        exported = torch.export.export(evolved, (x[:2],), dynamic_shapes=({0: batch},))
-        torch.testing.assert_close(exported.module()(x), expected)
-        torch.testing.assert_close(torch.compile(evolved, backend='eager', fullgraph=True)(x), expected)
-        torch.save(evolved, tmp_path / 'model.pt')
-        torch.save(evolved.state_dict(), tmp_path / 'weights.pt')
-        assert torch.equal(torch.load(tmp_path / 'model.pt', weights_only=False)(x), expected)
-        assert torch.equal(copy.deepcopy(evolved)(x), expected)
-        fresh = build(name, seed=1, **config)
-        fresh.load_state_dict(torch.load(tmp_path / 'weights.pt'))
-        assert torch.equal(evolve(fresh)(x), expected)
-        assert torch.equal(copy.deepcopy(evolved).bfloat16()(x.bfloat16()).isfinite().all(), torch.tensor(True))
+    x = images_for(evolved)
+    expected = evolved(x)
+    torch.testing.assert_close(torch.jit.script(evolved)(x), expected)
+    node = get_graph_node_names(evolved)[1][-1]
+    torch.testing.assert_close(create_feature_extractor(evolved, [node])(x)[node], expected)
+    batch = torch.export.Dim('batch', min=2, max=64)
+    exported = torch.export.export(evolved, (x[:2],), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(exported.module()(x), expected)
+    torch.testing.assert_close(torch.compile(evolved, backend='eager', fullgraph=True)(x), expected)
+
+
+@some_models
+@torch.no_grad()
+def test_copies(name, config, tmp_path):
+    evolved = evolve(build(name, **config))
+    x = images_for(evolved)
+    expected = evolved(x)
+    torch.save(evolved, tmp_path / 'model.pt')
+    assert torch.equal(torch.load(tmp_path / 'model.pt', weights_only=False)(x), expected)
+    assert torch.equal(copy.deepcopy(evolved)(x), expected)
+    torch.save(evolved.state_dict(), tmp_path / 'weights.pt')
+    fresh = build(name, seed=1, **config)
+    fresh.load_state_dict(torch.load(tmp_path / 'weights.pt'))
+    assert torch.equal(evolve(fresh)(x), expected)
+    assert copy.deepcopy(evolved).bfloat16()(x.bfloat16()).isfinite().all()
 
 
 @pytest.mark.parametrize('name, config', MODELS[:4] + MODELS[7:8], ids=[name for name, _ in MODELS[:4] + MODELS[7:8]])
 def test_trains(name, config):
     evolved = evolve(build(name, **config)).train()
-    x = images(evolved)
-    loss = evolved(x).square().sum()
-    gradients = torch.autograd.grad(loss, list(evolved.parameters()))
+    x = images_for(evolved)
+    gradients = torch.autograd.grad(evolved(x).square().sum(), list(evolved.parameters()))
     assert all(g.abs().sum() > 0 for g in gradients)
-    compiled = torch.compile(evolved, backend='aot_eager', fullgraph=True)
-    for a, b in zip(gradients, torch.autograd.grad(compiled(x).square().sum(), list(evolved.parameters()))):
-        torch.testing.assert_close(a, b)
     evolved.set_grad_checkpointing()
     again = torch.autograd.grad(evolved(x).square().sum(), list(evolved.parameters()))
-    for a, b in zip(gradients, again):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(again, gradients)
+
+
+@pytest.mark.slow
+@some_models
+def test_compiled_training(name, config):
+    evolved = evolve(build(name, **config)).train()
+    x = images_for(evolved)
+    gradients = [torch.autograd.grad(forward(x).square().sum(), list(evolved.parameters()))
+                 for forward in (evolved, torch.compile(evolved, backend='aot_eager', fullgraph=True))]
+    torch.testing.assert_close(*gradients)
 
 
 def test_modes_are_not_shared():
     dense = build(drop_path_rate=0.5, proj_drop_rate=0.5)
-    x = images(dense)
+    x = images_for(dense)
     evolved = evolve(dense).train()
     assert torch.equal(dense(x), dense(x)) and not torch.equal(evolved(x), evolved(x))
     names = [name for name, _ in evolved.named_modules() if not name.endswith('.grid')]
@@ -203,7 +210,8 @@ def test_arguments_are_those_of_the_model_as_built():
     """Also where features_only has pruned it since."""
     config = dict(pretrained=False, features_only=True, out_indices=(1, 3), **SMALL)
     pruned = evolve(timm.create_model('vit_tiny_patch16_224', **config), keep_ratio=(0.7, 0.5), stages=(2, 4)).model
-    assert pruned.stage_starts == (2,) and pruned.keep_ratio == (0.7,) and len(pruned.fixed_tradeoff) == len(pruned.blocks) == 4
+    assert pruned.stage_starts == (2,) and pruned.keep_ratio == (0.7,)
+    assert len(pruned.blocks.tradeoff) == len(pruned.blocks) == 4
 
 
 def gated():
@@ -253,7 +261,7 @@ def test_what_cannot_evolve_is_refused(model, error, message):
 ])
 def test_bad_arguments_leave_the_model_alone(kwargs, error, message):
     dense = build()
-    x = images(dense)
+    x = images_for(dense)
     with torch.no_grad():
         before = dense(x)
         with pytest.raises(error, match=message):

@@ -3,27 +3,23 @@ import copy
 from collections import OrderedDict
 
 import distributed
+import helpers
 import pytest
-import test_evo_deit
-import test_evo_levit
 import timm
 import torch
-from distributed import build_deit, build_levit
+from helpers import FAMILIES, both_families
 from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
 from timm_evovit import AssistedLoss, informative_tokens
 
-FAMILIES = {
-    'deit': lambda **kwargs: build_deit(**{'depth': 6, **kwargs}),
-    'levit': lambda **kwargs: build_levit(**{'depth': (4, 2, 2), **kwargs}),
-}
-both = pytest.mark.parametrize('family', FAMILIES)
+
+def build(family, **kwargs):
+    return helpers.build(FAMILIES[family], **{**({'depth': 6} if family == 'deit' else {}), **kwargs})
 
 
 def images(family, n=4, seed=1):
-    size = 64 if family == 'levit' else 32
-    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return helpers.images(n, 64 if family == 'levit' else 32, seed=seed)
 
 
 def gradients(model, x):
@@ -40,14 +36,14 @@ def logits(model, x):
 
 def twin(family, model, **kwargs):
     """A model without a schedule that holds the same weights."""
-    other = FAMILIES[family](**kwargs)
+    other = build(family, **kwargs)
     other.load_state_dict(model.state_dict(), strict=family == 'deit' or 'tradeoff' not in kwargs)
     return other
 
 
-@both
+@both_families
 def test_layer_wise_for_so_many_epochs(family):
-    model = FAMILIES[family](layer_to_stage_epochs=2)
+    model = build(family, layer_to_stage_epochs=2)
     x = images(family)
     fixed = dict(tradeoff=0.5) if family == 'levit' else {}
     layer = twin(family, model, selection='layer', **fixed).train()
@@ -64,36 +60,37 @@ def test_layer_wise_for_so_many_epochs(family):
     assert [len(informative_tokens(m, x)) for m in (model, stage)] == [len(informative_tokens(stage, x))] * 2
 
 
-@both
+@both_families
 def test_set_epoch_takes_over_from_counting(family):
-    model = FAMILIES[family](layer_to_stage_epochs=2).train()
+    model = build(family, layer_to_stage_epochs=2).train()
     for epoch, layerwise in ((0, True), (1, True), (2, False), (1, True), (300, False)):
         model.set_epoch(epoch)
         assert model.layerwise_phase == layerwise
         for _ in range(3):  # a loop that validates within an epoch
             assert not model.eval().layerwise_phase
             assert model.train().layerwise_phase == layerwise
-    FAMILIES[family]().set_epoch(1)  # nothing to schedule
+    build(family).set_epoch(1)  # nothing to schedule
     for epoch, error in ((-1, ValueError), (1.0, TypeError), (True, TypeError), ('1', TypeError)):
         with pytest.raises(error, match=f'epoch must be .*{epoch}'):
             model.set_epoch(epoch)
     assert model.epochs_started == 301
 
 
-@both
+@both_families
 @pytest.mark.parametrize('kwargs, error, message', [
     (dict(layer_to_stage_epochs=-1), ValueError, 'layer_to_stage_epochs must be 0 or more epochs, got -1'),
     (dict(layer_to_stage_epochs=0.5), TypeError, 'layer_to_stage_epochs must be a number of epochs .* got 0.5'),
-    (dict(layer_to_stage_epochs=9, selection='layer'), ValueError, "selection must be 'stage', which layer_to_stage_epochs=9"),
+    (dict(layer_to_stage_epochs=9, selection='layer'), ValueError,
+     "selection must be 'stage', which layer_to_stage_epochs=9"),
 ])
 def test_bad_schedules(family, kwargs, error, message):
     with pytest.raises(error, match=message):
-        FAMILIES[family](**kwargs)
+        build(family, **kwargs)
 
 
-@both
+@both_families
 def test_the_count_goes_where_the_weights_go(family, tmp_path):
-    model = FAMILIES[family](layer_to_stage_epochs=2)
+    model = build(family, layer_to_stage_epochs=2)
     ema = ModelEmaV3(model, decay=0.5)
     for _ in range(2):
         model.train()
@@ -101,11 +98,11 @@ def test_the_count_goes_where_the_weights_go(family, tmp_path):
     ema.update(model)
     torch.save({'state_dict': model.state_dict(), 'state_dict_ema': ema.module.state_dict()}, tmp_path / 'last.pth.tar')
     for key in ('state_dict', 'state_dict_ema'):
-        resumed = FAMILIES[family](layer_to_stage_epochs=2)
+        resumed = build(family, layer_to_stage_epochs=2)
         resumed.load_state_dict(torch.load(tmp_path / 'last.pth.tar')[key])
         for other in (resumed, copy.deepcopy(resumed)):
             assert other.epochs_started == 2 and not other.train().layerwise_phase
-    plain = FAMILIES[family](seed=1)
+    plain = build(family, seed=1)
     assert 'epochs_started' not in plain.state_dict()
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -116,46 +113,46 @@ def test_the_count_goes_where_the_weights_go(family, tmp_path):
     assert model.load_state_dict(OrderedDict(), strict=False).unexpected_keys == []
 
 
-@both
+@both_families
 def test_weights_of_a_finished_training_start_a_new_one(family):
-    model = FAMILIES[family](layer_to_stage_epochs=1)
+    model = build(family, layer_to_stage_epochs=1)
     model.set_epoch(7)
     create = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=model.state_dict(), num_classes=10))
     for epochs in (0, 1):
-        tuned = FAMILIES[family](layer_to_stage_epochs=epochs, num_classes=3, **create)
+        tuned = build(family, layer_to_stage_epochs=epochs, num_classes=3, **create)
         if epochs:
             assert tuned.epochs_started == 0 and tuned.train().layerwise_phase
         else:
             assert 'epochs_started' not in tuned.state_dict()
 
 
-@both
+@both_families
 def test_a_scheduled_model_from_the_meta_device(family):
-    model = FAMILIES[family](layer_to_stage_epochs=1)
+    model = build(family, layer_to_stage_epochs=1)
     model.set_epoch(5)
     model.init_weights()
     assert model.epochs_started == 0 and model.layerwise_phase == model.training
-    name = {'deit': 'evo_deit_tiny', 'levit': 'evo_levit_128s'}[family]
-    meta = timm.create_model(name, layer_to_stage_epochs=1, device='meta')
+    meta = timm.create_model(FAMILIES[family], layer_to_stage_epochs=1, device='meta')
     assert meta.train().layerwise_phase and not meta.eval().layerwise_phase
 
 
-@both
+@both_families
 def test_informative_tokens_starts_no_epoch(family):
-    model = FAMILIES[family](layer_to_stage_epochs=1).train()
+    model = build(family, layer_to_stage_epochs=1).train()
     selections = len(informative_tokens(model, images(family)))
     assert model.epochs_started == 1 and model.layerwise_phase and model.training
-    assert selections == len(informative_tokens(FAMILIES[family](), images(family)))
+    assert selections == len(informative_tokens(build(family), images(family)))
     compiled = torch.compile(model, backend='eager')
     assert len(informative_tokens(compiled, images(family))) == selections
     assert model.epochs_started == 1 and model.layerwise_phase and model.training
 
 
-@both
+@pytest.mark.slow
+@both_families
 def test_the_switch_compiles_once(family):
     from torch._dynamo.testing import CompileCounter
     torch._dynamo.reset()
-    compiled, counter = FAMILIES[family](layer_to_stage_epochs=2), CompileCounter()
+    compiled, counter = build(family, layer_to_stage_epochs=2), CompileCounter()
     model = torch.compile(compiled, backend=counter, fullgraph=True)
     x = images(family)
     counts = []
@@ -170,7 +167,7 @@ def test_the_switch_compiles_once(family):
 
 
 def test_tradeoff_waits_for_the_switch():
-    model = build_levit(layer_to_stage_epochs=1)
+    model = build('levit', layer_to_stage_epochs=1)
     x = images('levit')
     assert model.tradeoff.abs().min() > 0  # would matter if it were used
     for epoch in range(2):
@@ -194,11 +191,12 @@ def two_processes(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', distributed.CASES, ids='-'.join)
 def test_distributed(two_processes, case, monkeypatch):
     """Both ranks end with the same parameters, those of one process that has seen the joined batches."""
     ranks = [torch.load(two_processes / f'{"-".join(case)}-{rank}.pt') for rank in range(2)]
-    monkeypatch.setattr(torch, 'randperm', torch.arange)  # every second sample, in each rank's batch and in the joined one
+    monkeypatch.setattr(torch, 'randperm', torch.arange)  # every second sample, in both ranks and in the joined batch
     model, training = distributed.make_task(*case)
     start = [p.detach().clone() for p in model.parameters()]
     optimizer = distributed.make_optimizer(model)
@@ -224,11 +222,11 @@ def test_distributed(two_processes, case, monkeypatch):
 
 # What timm's train.py can be asked for
 
-@both
+@both_families
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_mixed_precision(family, dtype):
     """A batch is learned under autocast and loss scaling, with half precision where it pays."""
-    model = FAMILIES[family](representative_token=True, layer_to_stage_epochs=1).train()
+    model = build(family, representative_token=True, layer_to_stage_epochs=1).train()
     x, y = images(family), torch.arange(4)
     scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 8, enabled=dtype == torch.float16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -249,7 +247,7 @@ def test_mixed_precision(family, dtype):
 
 
 def test_gradient_accumulation():
-    model = FAMILIES['deit']().train()
+    model = build('deit').train()
     model.set_assisted_training()
     loss = AssistedLoss(torch.nn.CrossEntropyLoss())
     x, y = images('deit', 8), torch.arange(8)
@@ -259,9 +257,9 @@ def test_gradient_accumulation():
     torch.testing.assert_close([p.grad for p in model.parameters()], list(whole), rtol=1e-4, atol=1e-6)
 
 
-@both
+@both_families
 def test_channels_last(family):
-    model = FAMILIES[family]().double().train()
+    model = build(family).double().train()
     x = images(family).double()
     expected = gradients(model, x)
     last = model.to(memory_format=torch.channels_last)
@@ -269,11 +267,12 @@ def test_channels_last(family):
     torch.testing.assert_close(got, expected)
 
 
-@both
+@pytest.mark.slow
+@both_families
 @pytest.mark.parametrize('kwargs', [{}, dict(selection='layer')])
 def test_compiled_training(family, kwargs):
     torch._dynamo.reset()
-    model = FAMILIES[family](**kwargs).train()
+    model = build(family, **kwargs).train()
     x = images(family)
     expected = gradients(model, x)
     torch.testing.assert_close(
@@ -283,9 +282,9 @@ def test_compiled_training(family, kwargs):
         torch.testing.assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(x), model(x))
 
 
-@both
+@both_families
 def test_checkpointed_gradients_through_the_schedule(family):
-    model = FAMILIES[family](layer_to_stage_epochs=1)
+    model = build(family, layer_to_stage_epochs=1)
     for _ in range(2):
         model.train()
         expected = gradients(model, images(family))
@@ -294,9 +293,9 @@ def test_checkpointed_gradients_through_the_schedule(family):
         model.set_grad_checkpointing(False)
 
 
-@both
+@both_families
 def test_ema_averages_weights(family):
-    model = FAMILIES[family](layer_to_stage_epochs=3).train()
+    model = build(family, layer_to_stage_epochs=3).train()
     ema = ModelEmaV3(model, decay=0.75)
     start = {k: v.detach().clone() for k, v in model.named_parameters()}
     with torch.no_grad():
@@ -308,26 +307,25 @@ def test_ema_averages_weights(family):
     assert not ema.module.training and not ema.module.layerwise_phase and model.layerwise_phase
 
 
-@both
+@both_families
 def test_fine_tuning_at_another_size_with_other_classes(family, tmp_path):
-    model = FAMILIES[family](seed=3)
+    model = build(family, seed=3)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
     size = 96 if family == 'levit' else 48
-    name, small, layer = {
-        'deit': ('evo_deit_tiny', dict(test_evo_deit.SMALL, depth=6), 'blocks.5.attn.qkv.weight'),
-        'levit': ('evo_levit_128s', test_evo_levit.SMALL, 'stages.2.blocks.1.attn.qkv.linear.weight'),
-    }[family]
+    layer = 'blocks.5.attn.qkv.weight' if family == 'deit' else 'stages.2.blocks.1.attn.qkv.linear.weight'
+    small = dict(depth=6) if family == 'deit' else {}
     tuned = timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.pth'), num_classes=10),
-        **{**small, 'num_classes': 4, 'img_size': size})
+        FAMILIES[family], pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.pth'), num_classes=10),
+        **helpers.tiny(FAMILIES[family], num_classes=4, img_size=size, **small))
     assert torch.equal(tuned.get_parameter(layer), model.get_parameter(layer))
     assert tuned.train()(torch.randn(2, 3, size, size)).shape == (2, 4)
 
 
-@both
+@both_families
 def test_layer_decay(family):
     from timm.optim import param_groups_layer_decay
-    model = FAMILIES[family](layer_to_stage_epochs=1)
+    model = build(family, layer_to_stage_epochs=1)
     groups = param_groups_layer_decay(
         model, weight_decay=0.05, layer_decay=0.8, no_weight_decay_list=model.no_weight_decay())
     scale = {id(p): g['lr_scale'] for g in groups for p in g['params']}
