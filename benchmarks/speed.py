@@ -130,7 +130,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
             'model': harness.without_folders(spec), 'baseline': harness.without_folders(args.models[0]),
             **{k: getattr(args, k) for k in SETTINGS}, 'img_size': harness.input_size(model, args.img_size)[-1],
             'model_kwargs': {} if spec in args.against else args.model_kwargs,
-            'params': sum(p.numel() for p in model.parameters()),
+            'params': sum(p.numel() for p in model.parameters()) or None,
             'multiply_adds': harness.multiply_adds(model, harness.input_size(model, args.img_size)),
             'peak_memory': harness.in_new_process(peak_memory, spec, args),
         })
@@ -145,9 +145,10 @@ def show(rows: List[Dict[str, Any]]) -> None:
     print(f'\n{rows[0]["mode"]}, {rows[0]["dtype"]}, batch {rows[0]["batch_size"]}, {len(rows[0]["seconds"])} rounds')
     print(f'{"model":32} {"params M":>9} {"GMACs":>8} {"img/s":>9} {"memory MB":>10} {"speed-up":>9}  (min - max)')
     for r in rows:
-        gmacs = '' if r['multiply_adds'] is None else f'{r["multiply_adds"] / 1e9:.3f}'
+        params = f'{r["params"] / 1e6:.2f}' if r['params'] else ''  # neither is known of an ONNX file
+        gmacs = f'{r["multiply_adds"] / 1e9:.3f}' if r['multiply_adds'] else ''
         spread = f'({r["speed_up_min"]:.3f} - {r["speed_up_max"]:.3f})'
-        print(f'{r["model"]:32} {r["params"] / 1e6:9.2f} {gmacs:>8} {r["images_per_second"]:9.1f} '
+        print(f'{r["model"]:32} {params:>9} {gmacs:>8} {r["images_per_second"]:9.1f} '
               f'{r["peak_memory"] / 1e6:10.0f} {r["speed_up"]:9.3f}  {spread}')
 
 

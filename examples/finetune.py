@@ -70,7 +70,7 @@ def main():
         batch_size=args.batch_size, num_workers=args.workers, persistent_workers=args.workers > 0,
         use_prefetcher=False)
     train = create_loader(
-        datasets[0], is_training=True, auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25, **loader_args)
+        datasets[0], is_training=True, auto_augment='rand-m7-mstd0.5-inc1', re_prob=0.25, **loader_args)
     validation = create_loader(datasets[1], crop_pct=data['crop_pct'], **loader_args)
     optimizer = create_optimizer_v2(
         model, opt='adamw', lr=args.lr, weight_decay=args.weight_decay, layer_decay=args.layer_decay)

@@ -1,0 +1,204 @@
+"""The benchmarks on tiny models, and the report that makes tables and plots of their results."""
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from programs import BENCHMARKS, ROOT, STANDINS, run, write_digits
+
+sys.path.insert(0, str(BENCHMARKS))
+import harness  # noqa: E402
+import report  # noqa: E402
+import speed  # noqa: E402
+
+QUICK = ['--rounds', 2, '--warmup', 0, '--seconds', 0]
+
+
+def test_rounds_take_turns():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in 'ab'}
+    times = harness.time_in_turns(steps, rounds=2, warmup=1, seconds=0.)
+    assert ''.join(calls) == 'baabba' and [len(t) for t in times.values()] == [2, 2]
+
+
+def test_summary():
+    row = harness.summarize([1., 2., 8.], baseline=[2., 3., 8.], batch_size=4)
+    assert row['images_per_second'] == 2 and row['speed_up'] == 1.5
+    assert (row['speed_up_min'], row['speed_up_max']) == (1, 2)
+
+
+@pytest.mark.parametrize('argument, expected', [
+    ('/home/me/data', 'data'), ('--output=/tmp/x/y.json', '--output=y.json'), ('benchmarks/x.json', 'benchmarks/x.json'),
+    ('/a/models.py:create', 'models.py:create'), ('local-dir:/a/b', 'local-dir:b'), ('~/x/y', 'y'), ('0.5', '0.5')])
+def test_commands_do_not_name_folders_of_the_machine(argument, expected):
+    assert harness.without_folders(argument) == expected
+
+
+def test_a_result_file_says_what_it_was_made_with(tmp_path):
+    path = tmp_path / 'new' / 'x.json'
+    results = harness.Report('x', path, argv=['--data-dir', '/secret/data'])
+    results.add({'model': 'a'})
+    data = json.loads(path.read_text())
+    assert data['command'] == 'python benchmarks/x.py --data-dir data' and data['rows'] == [{'model': 'a'}]
+    assert data['machine']['threads'] == torch.get_num_threads() and data['versions']['torch'] == torch.__version__
+    assert [p.name for p in path.parent.iterdir()] == ['x.json']
+
+
+def test_the_papers_multiply_adds():
+    """Paper: DeiT-S 4.6 G, Evo-DeiT-S 3.0 G."""
+    for name, gmacs in (('deit_small_patch16_224', 4.599), ('evo_deit_small', 3.034)):
+        assert round(harness.multiply_adds(harness.create_model(name), (3, 224, 224)) / 1e9, 3) == gmacs
+
+
+@pytest.mark.slow
+def test_speed(tmp_path):
+    output = tmp_path / 'speed.json'
+    run(BENCHMARKS / 'speed.py', 'evo_deit_tiny', '--against', 'deit_tiny_patch16_224', f'{STANDINS}/models.py:create',
+        '-b', 1, '--img-size', 64, *QUICK, '--output', output, cwd=tmp_path)
+    dense, evolved, evo = json.loads(output.read_text())['rows']
+    assert (dense['model'], evolved['model'], evo['model']) == (
+        'deit_tiny_patch16_224', 'models.py:create', 'evo_deit_tiny')
+    assert evolved['params'] == dense['params'] and evolved['multiply_adds'] < 0.8 * dense['multiply_adds']
+    assert evo['params'] == 5_910_800 - (196 - 16) * 192  # a shorter position embedding
+    assert 1.3 < dense['multiply_adds'] / evo['multiply_adds'] < 1.6
+    assert dense['speed_up'] == 1 and len(evo['seconds']) == 2
+    assert all(r['peak_memory'] > 3 * r['params'] for r in (dense, evolved, evo))  # weights alone are 4 bytes each
+    assert str(STANDINS) not in output.read_text() and str(tmp_path) not in output.read_text()
+
+
+@pytest.mark.slow
+def test_speed_suite(tmp_path):
+    """Training, folded batch norms, compiled in bfloat16; and token merging, with a stand-in for the package tome."""
+    quick = ' '.join(map(str, QUICK))
+    suite, output = tmp_path / 'suite.txt', tmp_path / 'speed.json'
+    suite.write_text(
+        f'# LeViT\nevo_levit_128s --against levit_128s -b 2 --img-size 96 --reparam {quick}\n\n'
+        f'evo_levit_128s --against levit_128s -b 2 --img-size 96 --train --model-kwargs selection=layer {quick}\n'
+        f'tome:deit_tiny_patch16_224:2 --against deit_tiny_patch16_224 -b 2 --img-size 32 --dtype bfloat16 --compile '
+        f'{quick}\n')
+    run(BENCHMARKS / 'speed.py', '--suite', suite, '--output', output, cwd=tmp_path, PYTHONPATH=f'{ROOT}:{STANDINS}')
+    rows = json.loads(output.read_text())['rows']
+    assert [(r['run'], r['mode'], r['reparam'], r['dtype'], r['compile']) for r in rows[::2]] == [
+        (0, 'inference', True, 'float32', None), (1, 'train', False, 'float32', None),
+        (2, 'inference', False, 'bfloat16', 'default')]
+    assert rows[3]['model_kwargs'] == {'selection': 'layer'} and rows[2]['model_kwargs'] == {}
+    assert rows[5]['params'] < rows[4]['params'] / 2
+
+
+def test_suites_can_be_parsed():
+    suites = list(BENCHMARKS.glob('suites/*.txt'))
+    assert suites
+    for suite in suites:
+        for line in suite.read_text().splitlines():
+            if line and not line.startswith('#'):
+                speed.parse_args(line.split())
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['evo_deit_nothing'], 'evo_deit_nothing: unknown to timm'),
+    (['evo_deit_tiny', '--against', 'nowhere.py:create'], 'there is no file nowhere.py'),
+    ([str(BENCHMARKS / 'speed.py')], 'speed.py: name the function as well'),
+    (['tome:deit_tiny_patch16_224:many'], 'must be tome:NAME:R'),
+    (['evo_levit_128s', '--reparam', '--train'], '--reparam is for inference'),
+    (['evo_levit_128s', '--against', 'evo_levit_128s', '--model-kwargs', 'selection=layer'], 'in --against as well'),
+    ([], 'give one or more models, or a --suite'),
+])
+def test_speed_names_what_it_does_not_know(capsys, argv, message):
+    with pytest.raises(SystemExit):
+        speed.parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['evo_deit_tiny', 'deit_tiny_patch16_224'])
+def test_keep_ratio(tmp_path, name):
+    digits = write_digits(tmp_path / 'digits', per_class=5)
+    output = tmp_path / 'keep_ratio.json'
+    run(BENCHMARKS / 'keep_ratio.py', name, '--model-kwargs', 'num_classes=10', 'patch_size=8', 'embed_dim=48',
+        'num_heads=3', 'depth=6', '--img-size', 32, '--data-dir', digits, '--keep-ratios', 1, 0.5, 0.1, '--workers', 0,
+        *QUICK, '--output', output, cwd=tmp_path)
+    rows = json.loads(output.read_text())['rows']
+    assert [r['keep_ratio'] for r in rows] == [None, 1, 0.5, 0.1] and {r['images'] for r in rows} == {10}
+    assert rows[0]['top1'] == rows[1]['top1'] and rows[0]['speed_up'] == 1 and len(rows[3]['seconds']) == 2
+
+
+@pytest.mark.slow
+def test_dense_features(tmp_path):
+    pytest.importorskip('skimage', reason="the benchmark needs pip install -e '.[examples]'")
+    output, picture = tmp_path / 'dense_features.json', tmp_path / 'segmentation.png'
+    run(BENCHMARKS / 'dense_features.py', '--steps', 2, '--batch-size', 2, '--images', 8, '--rounds', 1, '--output', output,
+        '--picture', picture, cwd=tmp_path)
+    dense, evo = json.loads(output.read_text())['rows']
+    for r in (dense, evo):
+        assert r['mean_iou'] == pytest.approx(sum(r['iou'].values()) / 3) and 0 < r['iou']['background'] <= 100
+    assert dense['training_speed_up'] == dense['speed_up'] == 1 and evo['speed_up'] > 0
+    assert Image.open(picture).width > 600
+
+
+# what a run of speed.py could have written, in round numbers
+ROWS = [
+    dict(run=0, model='levit_256', baseline='levit_256', mode='inference', batch_size=32, img_size=224, dtype='float32',
+         compile=None, reparam=True, device='cpu', model_kwargs={}, params=10, multiply_adds=1200, peak_memory=2e8,
+         images_per_second=50., speed_up=1., speed_up_min=1., speed_up_max=1.),
+    dict(run=0, model='evo_levit_256', baseline='levit_256', mode='inference', batch_size=32, img_size=224,
+         dtype='float32', compile=None, reparam=True, device='cpu', model_kwargs={}, params=10, multiply_adds=800,
+         peak_memory=1e8, images_per_second=70., speed_up=1.4, speed_up_min=1.3, speed_up_max=1.45),
+]
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / 'results'
+    speed_report = harness.Report('speed', folder / 'speed-x.json')
+    speed_report.add(*ROWS)
+    keep_ratio_report = harness.Report('keep_ratio', folder / 'keep_ratio.json')
+    keep_ratio_report.add(*(
+        dict(model='evo_deit_tiny', keep_ratio=ratio, top1=top1, images=100, evolve_kwargs={}, images_per_second=9.,
+             speed_up=2., speed_up_min=1.9, speed_up_max=2.1) for ratio, top1 in ((None, 80.), (1, 80.), (0.5, 79.))))
+    return folder
+
+
+def test_report_fills_a_page(tmp_path, results):
+    page = tmp_path / 'page.md'
+    page.write_text(
+        'before\n<!-- table: speed model=evo_levit_*,other -->\nold\n<!-- end -->\nbetween\n'
+        '<!-- plot: speed speed.png -->\n<!-- end -->\n<!-- plot: top1 top1.png file=speed-x -->\n<!-- end -->\n'
+        '<!-- table: keep_ratio keep_ratio=0.5, -->\n<!-- end -->\n<!-- plot: keep_ratio curve.png -->\n<!-- end -->\n')
+    arguments = [str(page), '--results', str(results)]
+    untouched = page.read_text()
+    assert report.main([*arguments, '--check']) == 1 and page.read_text() == untouched
+    assert not list(tmp_path.glob('*.png'))
+    assert report.main(arguments) == 0
+    text = page.read_text()
+    assert '| `evo_levit_256` |  | 32 | 1.500 | **1.40** (1.30 - 1.45) | 50 / 70 | 200 / 100 |' in text
+    assert '| `evo_deit_tiny` | 0.5 | 79.00 |' in text and '| dense | 80.00 |' in text and '| 1 | 80.00 |' not in text
+    assert 'old' not in text and text.startswith('before\n') and '\nbetween\n' in text and '](top1.png)' in text
+    assert report.main([*arguments, '--check']) == 0
+    for name in ('speed', 'top1', 'curve'):
+        assert Image.open(tmp_path / f'{name}.png').width > 600
+
+    data = json.loads((results / 'speed-x.json').read_text())  # a figure changes: its table and both plots are old
+    data['rows'][1]['speed_up'] = 1.42
+    (results / 'speed-x.json').write_text(json.dumps(data))
+    assert len(report.fill(page, results, check=True)) == 3
+    assert report.main([*arguments, '--check']) == 1
+
+
+@pytest.mark.parametrize('mark, message', [
+    ('table: sped', "there is no table 'sped', but speed, keep_ratio"),
+    ('table: speed model=nothing', 'no row of results/*.json fits'),
+    ('table: speed colour=red', "no row has 'colour'"),
+    ('table: speed evo_*', 'conditions are KEY=PATTERN'),
+    ('plot: speed', "name a PNG file after 'speed'"),
+])
+def test_report_names_what_it_does_not_know(tmp_path, results, capsys, mark, message):
+    page = tmp_path / 'page.md'
+    page.write_text(f'<!-- {mark} -->\n<!-- end -->\n')
+    with pytest.raises(SystemExit):
+        report.main([str(page), '--results', str(results)])
+    assert message in capsys.readouterr().err
+
+
+def test_the_documentation_is_what_the_results_say():
+    assert report.main(['--check']) == 0

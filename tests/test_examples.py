@@ -1,0 +1,93 @@
+"""The examples, from end to end on little data. What whole runs reach is in the documentation."""
+import re
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+from programs import EXAMPLES, run, write_digits
+
+from timm_evovit import evolve
+
+SMALL = ['patch_size=8', 'embed_dim=48', 'num_heads=3', 'depth=6']
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp('digits'), per_class=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', ['evo_deit', 'evo_levit'])
+def test_quickstart(tmp_path, family):
+    pytest.importorskip('sklearn', reason="the examples need pip install -e '.[examples]'")
+    log = run(EXAMPLES / 'quickstart.py', '--model', family, '--epochs', 1, '--batch-size', 128, '--output', tmp_path,
+              cwd=tmp_path, MPLBACKEND='Agg')
+    assert len(list(tmp_path.glob('digits/train/*/*.png'))) == 1437
+    rows = re.findall(r'^(\w+) +([\d.]+) +(\d+) +([\d.]+)$', log, re.MULTILINE)
+    assert len(rows) == 2 and rows[1][0].startswith(family)
+    for name, top1, images_per_second, seconds in rows:
+        assert 0 <= float(top1) <= 100 and int(images_per_second) > 0 and float(seconds) > 0
+        model = timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True)
+        assert model.num_classes == 10 and tuple(model.pretrained_cfg['mean']) == (0.5, 0.5, 0.5)
+    picture = Image.open(tmp_path / 'informative_tokens.png').convert('RGB')
+    assert picture.width > 600 and len(picture.getcolors(1 << 24)) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['evo_deit_tiny', 'deit_tiny_patch16_224'])
+def test_finetune(digits, tmp_path, name):
+    log = run(EXAMPLES / 'finetune.py', '--data-dir', digits, '--model', name, '--model-kwargs', *SMALL, '--img-size', 32,
+              '--epochs', 2, '--batch-size', 16, '--workers', 0, '--keep-ratio', 0.7, '--output', tmp_path, cwd=tmp_path)
+    tops = [float(top1) for top1 in re.findall(r'epoch \d: loss [\d.]+, top-1 ([\d.]+) %', log)]
+    assert len(tops) == 2 and f'best top-1 {max(tops):.2f} %' in log
+    model = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
+    if name.startswith('evo'):
+        assert model.keep_ratio == (0.7, 0.7)
+    else:
+        assert evolve(model).keep_ratio == (0.5, 0.5)
+    assert model.num_classes == 10 and model.patch_embed.img_size == (32, 32)
+    assert model.pretrained_cfg['label_names'] == [str(i) for i in range(10)]
+    state = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['state_dict']
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=0, atol=0)
+
+
+def test_finetune_needs_the_same_classes(digits, tmp_path):
+    (tmp_path / 'validation').symlink_to(digits / 'validation')
+    (tmp_path / 'train').mkdir()
+    for label in '01':
+        (tmp_path / 'train' / label).symlink_to(digits / 'train' / label)
+    log = run(EXAMPLES / 'finetune.py', '--data-dir', tmp_path, '--model', 'evo_deit_tiny', cwd=tmp_path, fails=True)
+    assert 'train and validation must have the same classes' in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, kwargs', [
+    ('evo_deit_tiny', ['img_size=32', *SMALL]),
+    ('evo_levit_128s', ['img_size=96', 'embed_dim=(16,24,32)', 'key_dim=8', 'num_heads=(2,3,4)', 'depth=(3,1,1)']),
+])
+def test_export_onnx(tmp_path, name, kwargs):
+    """The example compares the file with PyTorch and fails if they differ."""
+    file = tmp_path / 'onnx' / 'model.onnx'
+    log = run(EXAMPLES / 'export_onnx.py', name, '--model-kwargs', 'num_classes=10', *kwargs, '--int8', '--output', file,
+              cwd=tmp_path)
+    assert float(re.search(r'model.onnx: .* logits within (\S+) of PyTorch', log)[1]) < 1e-4
+    size = int(kwargs[0].partition('=')[2])
+    for path in (file, file.with_suffix('.int8.onnx')):
+        session = onnxruntime.InferenceSession(path)
+        assert session.get_inputs()[0].shape[1:] == [3, size, size]
+        assert session.run(None, {'images': torch.zeros(3, 3, size, size).numpy()})[0].shape == (3, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, indices, shapes', [
+    ('evo_deit_tiny', [3, 11], ['(2, 192, 14, 14)'] * 2),
+    ('evo_levit_128s', [0, 2], ['(2, 128, 14, 14)', '(2, 384, 4, 4)']),
+])
+def test_dense_features(tmp_path, name, indices, shapes):
+    log = run(EXAMPLES / 'dense_features.py', '--model', name, '--out-indices', *indices, '--steps', 1, '--batch-size',
+              2, cwd=tmp_path)
+    assert [f'feature map {i}: {shape}' for i, shape in zip(indices, shapes)] == log.splitlines()[:2]
+    assert 'step 0: loss 0.' in log
