@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import harness
 import numpy as np
 import skimage.data
 import timm
@@ -20,8 +21,6 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-import harness
 
 SIZE = 64
 CLASSES = ('background', 'zero', 'one')

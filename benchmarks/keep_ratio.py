@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
+import harness
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import ParseKwargs
 from tqdm import tqdm
 
-import harness
 from timm_evovit import evolve
 
 

@@ -23,11 +23,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
+import harness
 import torch
 from timm.utils import ParseKwargs, reparameterize_model
 from torch.nn import functional as F
-
-import harness
 
 SETTINGS = ('mode', 'batch_size', 'img_size', 'dtype', 'compile', 'reparam', 'device')  # recorded in every row
 

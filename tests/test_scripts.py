@@ -15,7 +15,6 @@ import torch
 import yaml
 from authors import as_authors_name_it
 from programs import EXAMPLES, TIMM_REPO, needs_timm_repo, run, write_digits
-
 from timm_evovit.cli import main as timm_evovit
 
 RECIPES = EXAMPLES / 'recipes'

@@ -110,8 +110,8 @@ class EvolutionState:
 def as_fraction(ratio: float) -> Tuple[int, int]:
     """Numerator and denominator of the decimal that a float was written as: 0.7 is 7 / 10.
 
-    With integers the number of kept patches is exact, and symbolic where the grid is. The limit of the denominator keeps
-    products with a number of patches within 64 bits.
+    With integers the number of kept patches is exact, and symbolic where the grid is. The limit of the denominator
+    keeps products with a number of patches within 64 bits.
     """
     return Fraction(str(ratio)).limit_denominator(10 ** 12).as_integer_ratio()
 
@@ -199,7 +199,7 @@ def split_tokens(
     K = num_kept(n, keep_ratio)
     kept_attn, keep_idx = global_attn.topk(K, dim=1, sorted=False)
     prefix = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
-    offset = torch.arange(0, B * N, N, device=x.device).unsqueeze(1)
+    offset = N * torch.arange(B, device=x.device).unsqueeze(1)
     # whole rows of a flat view: several times faster on a CPU than gather and scatter by element
     flat_idx = (torch.cat([prefix, keep_idx + num_prefix_tokens], dim=1) + offset).flatten()
     slow = x.flatten(0, 1).index_select(0, flat_idx).view(B, num_prefix_tokens + K, C)
