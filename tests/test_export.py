@@ -46,7 +46,11 @@ def test_one_graph_for_every_batch_size(name, training):
     for batch in (2, 8, 5):
         x = images_for(model, batch)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(x), model(x))
+            found = []
+            for m in (compiled, model):
+                torch.manual_seed(0)  # the same heads
+                found.append(m(x))
+            torch.testing.assert_close(*found)
     assert counter.frame_count == 1
 
 

@@ -119,7 +119,7 @@ def as_fraction(ratio: float) -> Tuple[int, int]:
 def num_kept(num_patches: int, keep_ratio: Tuple[int, int]) -> int:
     """Number K of informative patches: `num_patches * keep_ratio`, rounded down, at least one."""
     k = num_patches * keep_ratio[0] // keep_ratio[1]
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
         return max(1, k)
     return torch.sym_max(1, k)
 

@@ -7,6 +7,6 @@ from timm_evovit import EvoLevit, evolve, informative_tokens
 fast = evolve(timm.create_model('vit_small_patch16_224'))
 fast.set_keep_ratio('0.7')  # arg-type
 fast.set_keep_ratios(0.7)  # operator
-evolve(fast, keep='0.7')  # call-overload
+evolve(fast, keep='0.7')  # call-arg
 EvoLevit(keep_ratio='0.7')  # arg-type
 print(informative_tokens(fast, torch.zeros(1, 3, 224, 224))[0].scores)  # attr-defined
