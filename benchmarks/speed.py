@@ -90,7 +90,10 @@ def build_step(spec: str, args: argparse.Namespace) -> Callable[[], Any]:
     x = torch.randn(args.batch_size, *size, device=device)
     if not args.train:
         model, x = model.to(dtype), x.to(dtype)
-    forward = torch.compile(model, mode=args.compile) if args.compile else model
+    forward = model
+    if args.compile:
+        backend = getattr(args, 'backend', None)
+        forward = torch.compile(model, backend=backend) if backend else torch.compile(model, mode=args.compile)
     if not args.train:
         return torch.inference_mode()(lambda: forward(x))
 
@@ -141,14 +144,17 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
 
 def show(rows: List[Dict[str, Any]]) -> None:
-    print(f'\n{rows[0]["mode"]}, {rows[0]["dtype"]}, batch {rows[0]["batch_size"]}, {len(rows[0]["seconds"])} rounds')
+    compiled = f'compiled ({rows[0]["compile"]}), ' if rows[0]['compile'] else ''
+    print(f'\n{rows[0]["mode"]}, {compiled}{rows[0]["dtype"]}, batch {rows[0]["batch_size"]}, '
+          f'{len(rows[0]["seconds"])} rounds')
     print(f'{"model":32} {"params M":>9} {"GMACs":>8} {"img/s":>9} {"memory MB":>10} {"speed-up":>9}  (min - max)')
     for r in rows:
         params = f'{r["params"] / 1e6:.2f}' if r['params'] else ''  # neither is known of an ONNX file
         gmacs = f'{r["multiply_adds"] / 1e9:.3f}' if r['multiply_adds'] else ''
+        memory = f'{r["peak_memory"] / 1e6:.0f}' if r['peak_memory'] else ''
         spread = f'({r["speed_up_min"]:.3f} - {r["speed_up_max"]:.3f})'
         print(f'{r["model"]:32} {params:>9} {gmacs:>8} {r["images_per_second"]:9.1f} '
-              f'{r["peak_memory"] / 1e6:10.0f} {r["speed_up"]:9.3f}  {spread}')
+              f'{memory:>10} {r["speed_up"]:9.3f}  {spread}')
 
 
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:

@@ -29,8 +29,9 @@ def test_summary():
 
 
 @pytest.mark.parametrize('argument, expected', [
-    ('/home/me/data', 'data'), ('--output=/tmp/x/y.json', '--output=y.json'), ('benchmarks/x.json', 'benchmarks/x.json'),
-    ('/a/models.py:create', 'models.py:create'), ('local-dir:/a/b', 'local-dir:b'), ('~/x/y', 'y'), ('0.5', '0.5')])
+    ('/home/me/data', 'data'), ('--output=/tmp/x/y.json', '--output=y.json'),
+    ('benchmarks/x.json', 'benchmarks/x.json'), ('/a/models.py:create', 'models.py:create'),
+    ('local-dir:/a/b', 'local-dir:b'), ('~/x/y', 'y'), ('0.5', '0.5')])
 def test_commands_do_not_name_folders_of_the_machine(argument, expected):
     assert harness.without_folders(argument) == expected
 
@@ -127,13 +128,42 @@ def test_keep_ratio(tmp_path, name):
 def test_dense_features(tmp_path):
     pytest.importorskip('skimage', reason="the benchmark needs pip install -e '.[examples]'")
     output, picture = tmp_path / 'dense_features.json', tmp_path / 'segmentation.png'
-    run(BENCHMARKS / 'dense_features.py', '--steps', 2, '--batch-size', 2, '--images', 8, '--rounds', 1, '--output', output,
-        '--picture', picture, cwd=tmp_path)
+    run(BENCHMARKS / 'dense_features.py', '--steps', 2, '--batch-size', 2, '--images', 8, '--rounds', 1, '--output',
+        output, '--picture', picture, cwd=tmp_path)
     dense, evo = json.loads(output.read_text())['rows']
     for r in (dense, evo):
         assert r['mean_iou'] == pytest.approx(sum(r['iou'].values()) / 3) and 0 < r['iou']['background'] <= 100
     assert dense['training_speed_up'] == dense['speed_up'] == 1 and evo['speed_up'] > 0
     assert Image.open(picture).width > 600
+
+
+@pytest.mark.slow
+def test_gpu_on_the_cpu(tmp_path):
+    """Every step of the program for GPUs, on tiny models."""
+    output = tmp_path / 'gpu.json'
+    run(BENCHMARKS / 'gpu.py', '--device', 'cpu', '--tiny', '--rounds', 1, '--seconds', 0, '--output', output,
+        '--also', f'{STANDINS}/models.py:create', cwd=tmp_path)
+    data = json.loads(output.read_text())
+    assert not data['errors'] and len(data['checks']) == 10 and len(data['profiles']) == 4
+    for row in data['checks']:
+        if row['dtype'] == 'float32':
+            assert row['from_float64_on_cpu'] < 1e-4 and row.get('from_dense_at_keep_ratio_1', 0) < 1e-5
+    names = {row['model'] for row in data['rows']}
+    assert {'evo_deit_base_patch16_384', 'evo_levit_128s', 'models.py:create'} < names
+    assert {row['compile'] for row in data['rows']} == {None, 'default', 'reduce-overhead'}
+    assert sum(op['share'] for op in data['profiles'][0]['operators']) <= 1.001
+
+
+@pytest.mark.slow
+def test_gpu_keeps_what_it_has(tmp_path):
+    """Nothing starts once time is over, a step that takes too long is named."""
+    output = tmp_path / 'gpu.json'
+    common = [BENCHMARKS / 'gpu.py', '--device', 'cpu', '--tiny', '--rounds', 1, '--seconds', 0, '--output', output]
+    run(*common, '--minutes', 0, cwd=tmp_path)
+    data = json.loads(output.read_text())
+    assert not data['rows'] and {error['error'] for error in data['errors']} == {'not started, no time left'}
+    run(*common, '--step-seconds', 1e-3, cwd=tmp_path)
+    assert 'TimeoutError: more than 0.001 seconds' in json.loads(output.read_text())['errors'][0]['error']
 
 
 # what a run of speed.py could have written, in round numbers

@@ -38,8 +38,9 @@ def test_quickstart(tmp_path, family):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['evo_deit_tiny', 'deit_tiny_patch16_224'])
 def test_finetune(digits, tmp_path, name):
-    log = run(EXAMPLES / 'finetune.py', '--data-dir', digits, '--model', name, '--model-kwargs', *SMALL, '--img-size', 32,
-              '--epochs', 2, '--batch-size', 16, '--workers', 0, '--keep-ratio', 0.7, '--output', tmp_path, cwd=tmp_path)
+    log = run(
+        EXAMPLES / 'finetune.py', '--data-dir', digits, '--model', name, '--model-kwargs', *SMALL, '--img-size', 32,
+        '--epochs', 2, '--batch-size', 16, '--workers', 0, '--keep-ratio', 0.7, '--output', tmp_path, cwd=tmp_path)
     tops = [float(top1) for top1 in re.findall(r'epoch \d: loss [\d.]+, top-1 ([\d.]+) %', log)]
     assert len(tops) == 2 and f'best top-1 {max(tops):.2f} %' in log
     model = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
@@ -71,8 +72,8 @@ def test_finetune_needs_the_same_classes(digits, tmp_path):
 def test_export_onnx(tmp_path, name, kwargs):
     """The example compares the file with PyTorch and fails if they differ."""
     file = tmp_path / 'onnx' / 'model.onnx'
-    log = run(EXAMPLES / 'export_onnx.py', name, '--model-kwargs', 'num_classes=10', *kwargs, '--int8', '--output', file,
-              cwd=tmp_path)
+    log = run(EXAMPLES / 'export_onnx.py', name, '--model-kwargs', 'num_classes=10', *kwargs, '--int8', '--output',
+              file, cwd=tmp_path)
     assert float(re.search(r'model.onnx: .* logits within (\S+) of PyTorch', log)[1]) < 1e-4
     size = int(kwargs[0].partition('=')[2])
     for path in (file, file.with_suffix('.int8.onnx')):

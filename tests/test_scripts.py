@@ -45,8 +45,8 @@ def read_top1(log):
     (), ('selection=layer', 'representative_token=True', 'keep_ratio=0.7'), ('layer_to_stage_epochs=2',)])
 def test_train_validate_resume(digits, tmp_path, extra):
     common = [
-        '--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL, 'weight_init=jax', *extra, '--data-dir', digits,
-        '--num-classes', 10, '--img-size', 32, '--device', 'cpu', '--workers', 1]
+        '--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL, 'weight_init=jax', *extra, '--data-dir',
+        digits, '--num-classes', 10, '--img-size', 32, '--device', 'cpu', '--workers', 1]
     train = [*common, *LEARN, '--output', tmp_path, '--experiment', 'run']
     log = run(TIMM_REPO / 'train.py', *train, '--epochs', 4, cwd=tmp_path)
     assert 'evo_deit_tiny_patch16_224 created' in log
@@ -74,8 +74,8 @@ def test_train_with_everything_on(digits, tmp_path):
         '--lr', 1e-3, '--opt', 'adamw', '--warmup-epochs', 0, '--epochs', 2, '--output', tmp_path]
     run(TIMM_REPO / 'train.py', *common, '--model-kwargs', *SMALL, 'layer_to_stage_epochs=1', '--num-classes', 10,
         '--img-size', 32, '--amp', '--amp-dtype', 'bfloat16', '--grad-accum-steps', 2, '--grad-checkpointing',
-        '--channels-last', '--model-ema', '--model-ema-decay', 0.9, '--layer-decay', 0.8, '--mixup', 0.8, '--cutmix', 1.0,
-        '--clip-grad', 1.0, '--experiment', 'run', cwd=tmp_path)
+        '--channels-last', '--model-ema', '--model-ema-decay', 0.9, '--layer-decay', 0.8, '--mixup', 0.8, '--cutmix',
+        1.0, '--clip-grad', 1.0, '--experiment', 'run', cwd=tmp_path)
     checkpoint = tmp_path / 'run' / 'last.pth.tar'
     state = torch.load(checkpoint, weights_only=False)
     assert state['state_dict']['epochs_started'] == state['state_dict_ema']['epochs_started'] == 2
@@ -109,7 +109,8 @@ def test_files_of_the_authors(digits, tmp_path):
     state = torch.load(checkpoint, weights_only=False)
     torch.save({'model': as_authors_name_it(state['state_dict']), 'args': state['args']}, authors)
     output = tmp_path / 'out'
-    assert timm_evovit(['convert', 'evo_deit_tiny', str(authors), '--output', str(output), '--model-kwargs', *SMALL]) == 0
+    command = ['convert', 'evo_deit_tiny', str(authors), '--output', str(output), '--model-kwargs', *SMALL]
+    assert timm_evovit(command) == 0
     converted = output / 'model.safetensors'
 
     top1 = []
@@ -123,8 +124,8 @@ def test_files_of_the_authors(digits, tmp_path):
             f'initial{i}', cwd=tmp_path)
         with open(tmp_path / f'initial{i}' / 'summary.csv') as f:
             assert float(list(csv.DictReader(f))[-1]['eval_top1']) == pytest.approx(top1[0], abs=0.5)
-        log = run(TIMM_REPO / 'train.py', *common, *model, *train, '--lr', 1e-3, '--pretrained', '--pretrained-path', file,
-                  '--experiment', f'pretrained{i}', cwd=tmp_path)
+        log = run(TIMM_REPO / 'train.py', *common, *model, *train, '--lr', 1e-3, '--pretrained', '--pretrained-path',
+                  file, '--experiment', f'pretrained{i}', cwd=tmp_path)
         assert f'Loading pretrained weights from file ({file})' in log
 
 
@@ -149,10 +150,10 @@ def test_train_img_sizes(few_digits, tmp_path):
     """Batches of several sizes."""
     if '--train-img-sizes' not in (TIMM_REPO / 'train.py').read_text():
         pytest.skip('train.py of this version has no --train-img-sizes')
-    run(TIMM_REPO / 'train.py', '--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL, 'dynamic_img_size=True',
-        '--train-img-sizes', 24, 32, 40, '--train-batch-sizes', 12, 8, 4, '--data-dir', few_digits, '--num-classes', 10,
-        '--img-size', 32, '--device', 'cpu', '--workers', 1, *LEARN, '--epochs', 2, '--output', tmp_path, '--experiment',
-        'run', cwd=tmp_path)
+    run(TIMM_REPO / 'train.py', '--model', 'evo_deit_tiny_patch16_224', '--model-kwargs', *SMALL,
+        'dynamic_img_size=True', '--train-img-sizes', 24, 32, 40, '--train-batch-sizes', 12, 8, 4, '--data-dir',
+        few_digits, '--num-classes', 10, '--img-size', 32, '--device', 'cpu', '--workers', 1, *LEARN, '--epochs', 2,
+        '--output', tmp_path, '--experiment', 'run', cwd=tmp_path)
     with open(tmp_path / 'run' / 'summary.csv') as f:
         assert [float(row['train_loss']) > 0 for row in csv.DictReader(f)] == [True, True]
 
@@ -160,16 +161,23 @@ def test_train_img_sizes(few_digits, tmp_path):
 @needs_timm_repo
 @pytest.mark.slow
 @pytest.mark.parametrize('name, kwargs', [('evo_deit_tiny', SMALL), ('evo_levit_128s', SMALL_LEVIT)])
-def test_inference_and_benchmark(few_digits, tmp_path, name, kwargs):
-    size = kwargs[0].partition('=')[2]
+def test_inference(few_digits, tmp_path, name, kwargs):
+    pytest.importorskip('pandas', reason="timm's inference.py needs pandas")
     run(TIMM_REPO / 'inference.py', '--data-dir', few_digits / 'validation', '--model', name, '--model-kwargs', *kwargs,
-        '--num-classes', 10, '--img-size', size, '--device', 'cpu', '--workers', 1, '-b', 8, '--topk', 1,
-        '--results-dir', tmp_path, '--results-file', tmp_path / 'classes.csv', '--results-format', 'csv', cwd=tmp_path)
+        '--num-classes', 10, '--img-size', kwargs[0].partition('=')[2], '--device', 'cpu', '--workers', 1, '-b', 8,
+        '--topk', 1, '--results-dir', tmp_path, '--results-file', tmp_path / 'classes.csv', '--results-format', 'csv',
+        cwd=tmp_path)
     with open(tmp_path / 'classes.csv') as f:
         assert len(list(csv.DictReader(f))) == 20
-    run(TIMM_REPO / 'benchmark.py', '--model', name, '--model-kwargs', *kwargs, '--img-size', size, '--bench', 'both',
-        '--device', 'cpu', '-b', 2, '--num-warm-iter', 1, '--num-bench-iter', 1, '--results-file', tmp_path / 'speed.json',
-        '--results-format', 'json', cwd=tmp_path)
+
+
+@needs_timm_repo
+@pytest.mark.slow
+@pytest.mark.parametrize('name, kwargs', [('evo_deit_tiny', SMALL), ('evo_levit_128s', SMALL_LEVIT)])
+def test_benchmark(tmp_path, name, kwargs):
+    run(TIMM_REPO / 'benchmark.py', '--model', name, '--model-kwargs', *kwargs, '--img-size',
+        kwargs[0].partition('=')[2], '--bench', 'both', '--device', 'cpu', '-b', 2, '--num-warm-iter', 1,
+        '--num-bench-iter', 1, '--results-file', tmp_path / 'speed.json', '--results-format', 'json', cwd=tmp_path)
     results = json.loads((tmp_path / 'speed.json').read_text())
     result = results[0] if isinstance(results, list) else results
     assert result['infer_samples_per_sec'] > 0 and result['train_samples_per_sec'] > 0
