@@ -14,6 +14,10 @@ from .evolution import Schedule, Selection
 
 __all__ = ['EvolvingModel', 'InformativeTokens', 'eval_mode', 'informative_tokens']
 
+# arguments of timm.create_model that say nothing of the model, which a config.json must not repeat
+NOT_MODEL_ARGS = (
+    'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_model_args', 'pretrained_strict', 'weight_init')
+
 
 def check(ok: bool, name: str, wanted: str, value: Any, error: Type[Exception] = ValueError) -> None:
     """
@@ -201,10 +205,8 @@ class EvolvingModel(nn.Module):
         timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them. Not among them are
         where and for how many classes the model is built, and drop rates.
         """
-        other = (
-            'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_model_args', 'pretrained_strict', 'weight_init')
         args = {**getattr(self, '_model_args', {}), **self._current_args()}
-        return {k: v for k, v in args.items() if k not in other and not k.endswith('_rate')}
+        return {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS and not k.endswith('_rate')}
 
     @torch.jit.unused
     def _current_args(self) -> Dict[str, Any]:
@@ -214,6 +216,7 @@ class EvolvingModel(nn.Module):
     @torch.jit.unused
     def _remember_args(self, **args: Any) -> None:
         """Record arguments in the attribute in which newer versions of timm record and look for them."""
+        args = {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS}
         self._model_args = {**getattr(self, '_model_args', {}), **args}
 
     @torch.jit.unused
