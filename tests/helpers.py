@@ -95,10 +95,10 @@ def assert_same_weights(model, other):
 
 # Checkpoints of the authors
 
-def deit_names(model):
+def deit_names(state_dict):
     """State dict of an Evo-DeiT under the authors' names."""
     out = {}
-    for key, value in model.state_dict().items():
+    for key, value in state_dict.items():
         key = re.sub(r'^fc_norm\.', 'norm.', key)
         key = re.sub(r'^blocks\.(\d+)\.norm1\.', r'norms.\1.', key)
         key = re.sub(r'^blocks\.(\d+)\.attn\.proj\.', r'projs.\1.', key)
@@ -142,7 +142,7 @@ def levit_names(model):
 
 def authors_names(model):
     """State dict under the authors' names, written out the other way round than the package does it."""
-    return levit_names(model) if hasattr(model, 'stem') else deit_names(model)
+    return levit_names(model) if hasattr(model, 'stem') else deit_names(model.state_dict())
 
 
 # Programs
