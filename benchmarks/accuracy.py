@@ -100,6 +100,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     timing.add_argument('--rounds', type=int, default=9)
     timing.add_argument('--steps', type=int, default=4, help='of each variant in a round')
     timing.add_argument('--num-classes', type=int, default=10)
+    timing.add_argument('--cpu-clock', action='store_true', help='time of the processor, where others use it as well')
 
     args = parser.parse_args(argv)
     for variant in args.variants:
@@ -130,6 +131,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f'--width {args.width} is no multiple of --heads {args.heads}')
     if models == {'levit'} and args.width % 16:
         parser.error(f'--width {args.width} of LeViT must be a multiple of 16, the width of its heads')
+    if getattr(args, 'cpu_clock', False) and args.device.startswith('cuda'):
+        parser.error('--cpu-clock knows nothing of what a GPU does')
     if args.command == 'train' and not args.dataset and not Path(args.data_dir).is_dir():
         parser.error(f'--data-dir {args.data_dir!r} is no folder, and there is no --dataset')
     return args
@@ -346,7 +349,7 @@ def configuration(args: argparse.Namespace) -> Dict[str, Any]:
     """What all variants of one comparison have in common."""
     left_out = (
         'command', 'variants', 'seeds', 'output', 'work_dir', 'data_dir', 'dataset_download', 'device', 'rounds',
-        'steps', 'train_split', 'val_split', 'num_classes')
+        'steps', 'train_split', 'val_split', 'num_classes', 'cpu_clock')
     return {'family': family(args.variants[0]), **{k: v for k, v in vars(args).items() if k not in left_out}}
 
 
@@ -448,7 +451,7 @@ def measure(args: argparse.Namespace) -> None:
     def now() -> float:
         if args.device.startswith('cuda'):
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return time.process_time() if args.cpu_clock else time.perf_counter()
 
     results: Dict[str, Dict[str, List[float]]] = {v: {'train': [], 'inference': []} for v in trainers}
     for i in range(args.rounds + 1):
@@ -466,7 +469,7 @@ def measure(args: argparse.Namespace) -> None:
                 results[variant]['inference'].append(inference)
     report = {
         **surroundings(args), 'configuration': configuration(args), 'baseline': args.variants[0],
-        'seconds_per_image': results}
+        'clock': 'cpu' if args.cpu_clock else 'wall', 'seconds_per_image': results}
     baseline = results[args.variants[0]]
     for variant, times in results.items():
         ratios = {k: [a / b for a, b in zip(baseline[k], times[k])] for k in times}

@@ -191,7 +191,8 @@ def speed_table(timings: List[Dict[str, Any]]) -> str:
         what = 'DeiT' if c['family'] == 'deit' else 'LeViT'
         lines += [
             '', f"**{what} {c['img_size']} x {c['img_size']}, batch {c['batch_size']}, {setting(c)}** "
-            f"({machine['gpu'] or machine['cpu']}, {machine['threads']} threads)", '',
+            f"({machine['gpu'] or machine['cpu']}, threads: {machine['threads']}, "
+            f"{'CPU time' if timing['clock'] == 'cpu' else 'wall clock'})", '',
             '| | training, us per image | times as fast (lowest - highest) | inference, us per image | '
             'times as fast (lowest - highest) |', '|---|---|---|---|---|']
         baseline = timing['seconds_per_image'][timing['baseline']]

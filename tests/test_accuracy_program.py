@@ -92,7 +92,7 @@ def test_all_variants_train_and_are_timed(programs, pictures, tmp_path, capsys):
         assert r['top1'][-1] == pytest.approx(100 * (predictions == labels).mean(), abs=1e-4)
     accuracy.main([
         'time', 'dense', 'evo-layer-to-stage', *epoch, *SMALL, '--amp', 'bfloat16', '--no-fused-attn', '--rounds', '2',
-        '--steps', '1', '--output', str(tmp_path / 'results')])
+        '--steps', '1', '--cpu-clock', '--output', str(tmp_path / 'results')])
     levit = [name for name in accuracy.VARIANTS if 'levit' in name]
     small = [arg if arg != '16' else '32' for arg in SMALL]
     accuracy.main([
