@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from authors import as_authors_name_it
+from helpers import deit_names
 from programs import EXAMPLES, TIMM_REPO, needs_timm_repo, run, write_digits
 from timm_evovit.cli import main as timm_evovit
 
@@ -107,7 +107,7 @@ def test_files_of_the_authors(digits, tmp_path):
     run(TIMM_REPO / 'train.py', *common, *model, *train, '--epochs', 4, '--experiment', 'run', cwd=tmp_path)
     checkpoint, authors = tmp_path / 'run' / 'last.pth.tar', tmp_path / 'authors.pth'
     state = torch.load(checkpoint, weights_only=False)
-    torch.save({'model': as_authors_name_it(state['state_dict']), 'args': state['args']}, authors)
+    torch.save({'model': deit_names(state['state_dict']), 'args': state['args']}, authors)
     output = tmp_path / 'out'
     command = ['convert', 'evo_deit_tiny', str(authors), '--output', str(output), '--model-kwargs', *SMALL]
     assert timm_evovit(command) == 0
