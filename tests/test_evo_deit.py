@@ -468,6 +468,7 @@ def test_script_fx_and_export(kwargs, fused):
     torch.testing.assert_close(torch.jit.script(model.train())(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kwargs', [{}, dict(selection='layer', representative_token=True)])
 def test_compiles_without_a_graph_break(kwargs):
     model = build(depth=4, **kwargs)

@@ -263,6 +263,7 @@ def client_organisation(folder, url):
     return error(lambda: timm.create_model('evo_levit_256', pretrained=True, **TINY_LEVIT))
 
 
+@pytest.mark.slow
 def test_the_organisation_that_holds_the_papers_weights(hub):
     weights, levit = build_deit(num_classes=1000).state_dict(), build_levit(num_classes=1000).state_dict()
     hub.hold_deit()

@@ -15,7 +15,8 @@ import torch
 import yaml
 from helpers import deit_names
 from programs import EXAMPLES, TIMM_REPO, needs_timm_repo, run, write_digits
-from timm_evovit.cli import main as timm_evovit
+
+from timm_evovit.tools.cli import main as timm_evovit
 
 RECIPES = EXAMPLES / 'recipes'
 SMALL = ['img_size=32', 'patch_size=4', 'embed_dim=48', 'num_heads=3', 'depth=6']

@@ -40,6 +40,7 @@ def test_the_phase_follows_from_the_state(family):
     torch.testing.assert_close(logits(), expected)
 
 
+@pytest.mark.slow
 @both_families
 def test_compiled_once_for_each_phase(family):
     """No graph break, and no compilation but at the change from one phase to the other."""
