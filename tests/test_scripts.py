@@ -2,6 +2,7 @@
 
 They are in timm's repository, not in its package: set TIMM_REPO to a checkout of it.
 """
+import ast
 import csv
 import importlib.util
 import json
@@ -164,10 +165,12 @@ def test_train_img_sizes(few_digits, tmp_path):
 @pytest.mark.parametrize('name, kwargs', [('evo_deit_tiny', SMALL), ('evo_levit_128s', SMALL_LEVIT)])
 def test_inference(few_digits, tmp_path, name, kwargs):
     pytest.importorskip('pandas', reason="timm's inference.py needs pandas")
+    model_args = {key: ast.literal_eval(value) for key, value in (kwarg.split('=') for kwarg in kwargs)}
+    torch.save(timm.create_model(name, num_classes=10, **model_args).state_dict(), tmp_path / 'model.pth')
     run(TIMM_REPO / 'inference.py', '--data-dir', few_digits / 'validation', '--model', name, '--model-kwargs', *kwargs,
         '--num-classes', 10, '--img-size', kwargs[0].partition('=')[2], '--device', 'cpu', '--workers', 1, '-b', 8,
-        '--topk', 1, '--results-dir', tmp_path, '--results-file', tmp_path / 'classes.csv', '--results-format', 'csv',
-        cwd=tmp_path)
+        '--topk', 1, '--checkpoint', tmp_path / 'model.pth', '--results-dir', tmp_path, '--results-file',
+        tmp_path / 'classes.csv', '--results-format', 'csv', cwd=tmp_path)
     with open(tmp_path / 'classes.csv') as f:
         assert len(list(csv.DictReader(f))) == 20
 
@@ -178,7 +181,7 @@ def test_inference(few_digits, tmp_path, name, kwargs):
 def test_benchmark(tmp_path, name, kwargs):
     run(TIMM_REPO / 'benchmark.py', '--model', name, '--model-kwargs', *kwargs, '--img-size',
         kwargs[0].partition('=')[2], '--bench', 'both', '--device', 'cpu', '-b', 2, '--num-warm-iter', 1,
-        '--num-bench-iter', 1, '--results-file', tmp_path / 'speed.json', '--results-format', 'json', cwd=tmp_path)
+        '--num-bench-iter', 5, '--results-file', tmp_path / 'speed.json', '--results-format', 'json', cwd=tmp_path)
     results = json.loads((tmp_path / 'speed.json').read_text())
     result = results[0] if isinstance(results, list) else results
     assert result['infer_samples_per_sec'] > 0 and result['train_samples_per_sec'] > 0
