@@ -17,12 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+import harness
+import speed
 import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-import harness
-import speed
 
 DEIT_S = ('deit_small_patch16_224', 'evo_deit_small_patch16_224')
 DEIT_B_384 = ('deit_base_patch16_384', 'evo_deit_base_patch16_384')

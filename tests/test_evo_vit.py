@@ -7,7 +7,8 @@ import pytest
 import reference
 import timm
 import torch
-from helpers import TINY, images_for, informative_indices
+from helpers import TINY, assert_same_weights, images, images_for, informative_indices
+from safetensors.torch import load_file
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Attention, ResPostBlock, VisionTransformer
 
@@ -267,3 +268,57 @@ def test_bad_arguments_leave_the_model_alone(kwargs, error, message):
         with pytest.raises(error, match=message):
             evolve(dense, **kwargs)
         assert torch.equal(dense(x), before) and type(dense) is VisionTransformer
+
+
+# evo_vit, by name
+
+ARGS = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=3, num_classes=7)
+
+
+@pytest.mark.parametrize('base', ['vit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224', 'vit_small_patch14_reg4_dinov2'])
+def test_evo_vit_evolves_its_base(base):
+    args = dict(ARGS, in_chans=1, drop_rate=0.1)
+    torch.manual_seed(0)
+    model = timm.create_model('evo_vit', base=base, keep_ratio=0.7, stages=(3,), **args).eval()
+    torch.manual_seed(0)
+    dense = timm.create_model(base, **args).eval()
+    assert_same_weights(model, dense)
+    x = images(2, 32, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), evolve(dense, 0.7, (3,))(x))
+        model.set_keep_ratio(1)
+        torch.testing.assert_close(model(x), dense(x))
+    for key in ('mean', 'std', 'crop_pct', 'interpolation'):
+        assert model.pretrained_cfg[key] == dense.pretrained_cfg[key]
+    backbone = timm.create_model('evo_vit', base=base, features_only=True, out_indices=(1, 4), **dict(ARGS, num_classes=0))
+    assert [y.shape[1:] for y in backbone(images(1))] == [(24, 4, 4)] * 2
+
+
+@pytest.mark.parametrize('by_name', [True, False])
+def test_evo_vit_comes_back_evolving(by_name, tmp_path):
+    """From a folder that timm's own function has written, with the keep ratio that it was saved with."""
+    if by_name:
+        model = timm.create_model('evo_vit', base='vit_tiny_patch16_224', selection='layer', **ARGS).eval()
+    else:
+        model = evolve(timm.create_model('vit_tiny_patch16_224', **ARGS), selection='layer').eval()
+    model.set_keep_ratio(0.3)
+    timm.models.save_for_hf(model, tmp_path, model_args=model.model_args, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = images(2)
+    assert type(again) is type(model) and again.keep_ratio == (0.3, 0.3)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    weights = load_file(tmp_path / 'model.safetensors')
+    timm.create_model('vit_tiny_patch16_224', **ARGS).load_state_dict(weights)  # the dense base takes them
+
+
+@pytest.mark.parametrize('kwargs, error, message', [
+    (dict(base='nothing_of_that_name'), RuntimeError, 'nothing_of_that_name'),
+    (dict(base='resnet18'), TypeError, 'VisionTransformer or VisionTransformerDistilled, got ResNet'),
+    (dict(base='vit_base_patch16_siglip_224'), ValueError, 'no class token'),
+    (dict(nothing=1), TypeError, 'nothing'),
+    (dict(keep_ratio=2), ValueError, r'keep_ratio must be in \(0, 1\], got 2'),
+])
+def test_evo_vit_says_why_it_cannot_be_built(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model('evo_vit', device='meta', **kwargs)

@@ -12,18 +12,11 @@ from torch import nn
 from .checkpoints import rename_authors
 from .evolution import Schedule, Selection
 
-__all__ = ['EvolvingModel', 'InformativeTokens', 'eval_mode', 'informative_tokens']
-
-# arguments of timm.create_model that say nothing of the model, which a config.json must not repeat
 NOT_MODEL_ARGS = (
     'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_model_args', 'pretrained_strict', 'weight_init')
 
 
 def check(ok: bool, name: str, wanted: str, value: Any, error: Type[Exception] = ValueError) -> None:
-    """
-    Raises:
-        ValueError: Not `ok`, or whatever `error` is.
-    """
     if not ok:
         raise error(f'{name} must be {wanted}, got {value!r}.')
 
@@ -100,17 +93,13 @@ class EvolvingModel(nn.Module):
         self.register_buffer('epochs_started', epochs)
         self._update_schedule()
 
-    # -- keep ratio and schedule
-
     @torch.jit.unused
     def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
         """Change the ratio of informative patches, weights untouched. At 1 the model is its dense baseline.
 
         Args:
-            keep_ratio: Ratio in (0, 1], one for all evolution stages or one per stage.
-
-        Raises:
-            TypeError, ValueError: As at construction; the model is then unchanged.
+            keep_ratio: Ratio in (0, 1], one for all evolution stages or one per stage. A TypeError or ValueError, as at
+                construction, leaves the model unchanged.
         """
         self.keep_ratio = check_ratios('keep_ratio', keep_ratio, len(self.keep_ratio), 'evolution stage')
         self._remember_args(keep_ratio=self.keep_ratio)
@@ -132,8 +121,6 @@ class EvolvingModel(nn.Module):
         schedule = Schedule.build(tradeoff, stages, keep_ratio, self.selection)
         return schedule, Schedule.build(tradeoff, stages, keep_ratio, 'layer') if self.layerwise_epochs else None
 
-    # -- epochs
-
     @property
     @torch.jit.unused
     def layerwise_phase(self) -> bool:
@@ -148,14 +135,7 @@ class EvolvingModel(nn.Module):
 
     @torch.jit.unused
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, and from here on do not count the calls of `train()`.
-
-        Args:
-            epoch: Index of the epoch, from 0.
-
-        Raises:
-            TypeError, ValueError: Not a number of epochs.
-        """
+        """Set the index of the epoch, from 0, and from here on do not count the calls of `train()`."""
         epoch = check_epochs('epoch', epoch)
         self._count_epochs = False
         if self.epochs_started is not None:
@@ -176,8 +156,6 @@ class EvolvingModel(nn.Module):
             count.zero_()
             self._update_schedule()
 
-    # -- training with two heads
-
     @torch.jit.unused
     def set_assisted_training(self, enable: bool = True) -> None:
         """Return (averaged-patch logits, class token logits) in training mode, for `AssistedLoss`."""
@@ -194,8 +172,6 @@ class EvolvingModel(nn.Module):
         if torch.jit.is_scripting():
             return True
         return any(p.requires_grad for p in self.head_cls.parameters())
-
-    # -- saving and loading
 
     @property
     @torch.jit.unused
@@ -221,13 +197,7 @@ class EvolvingModel(nn.Module):
 
     @torch.jit.unused
     def push_to_hf_hub(self, repo_id: str, *, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> Any:
-        """Upload with timm's function of this name, `model_args` included.
-
-        Args:
-            repo_id: Repository on the Hub, 'organisation/name'.
-            model_args: Arguments that take the place of the model's own.
-            **kwargs: Arguments of timm's function.
-        """
+        """Upload with timm's function of this name, `model_args` included; those given replace the model's own."""
         return timm.models.push_to_hf_hub(self, repo_id, model_args={**self.model_args, **(model_args or {})}, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
@@ -246,8 +216,6 @@ class EvolvingModel(nn.Module):
             state_dict.setdefault(key, torch.zeros((), dtype=torch.int64) if count.is_meta else count)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._update_schedule()
-
-    # -- what a model selects
 
     @torch.jit.unused
     def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:

@@ -2,7 +2,7 @@
 import logging
 import math
 import re
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -86,11 +86,6 @@ def rename_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tenso
     return state_dict
 
 
-def join_names(names: List[str], limit: int = 8) -> str:
-    more = f' and {len(names) - limit} more' if len(names) > limit else ''
-    return ', '.join(names[:limit]) + more
-
-
 def _weights(state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
     """The weights in a checkpoint, without the epochs that they were trained for: a new training starts from none."""
     state_dict = state_dict.get('model', state_dict)
@@ -121,10 +116,7 @@ def _adapt_readout(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dic
     return out
 
 
-def deit_checkpoint_filter_fn(
-        state_dict: Dict[str, Any],
-        model: nn.Module,
-) -> Dict[str, torch.Tensor]:
+def deit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Make a checkpoint fit an EvoVisionTransformer.
 
     Takes the authors' key names as well as timm's, and DeiT's weights, drops the class token branch where the model has
@@ -136,16 +128,8 @@ def deit_checkpoint_filter_fn(
     return vit_checkpoint_filter_fn(state_dict, model)
 
 
-def _resample_pos_embed(
-        pos_embed: torch.Tensor,
-        old_size: Tuple[int, int],
-        new_size: Tuple[int, int],
-) -> torch.Tensor:
-    """Resample (1, 1 + n, C) to a grid.
-
-    It is taken to be on the grid `old_size` if there are as many patches on that, else on the new or on a square one.
-    Any other is left as it is, to be refused when it is loaded.
-    """
+def _resample_pos_embed(pos_embed: torch.Tensor, old_size: Tuple[int, int], new_size: Tuple[int, int]) -> torch.Tensor:
+    """Resample (1, 1 + n, C) from the grid `old_size`, or the new or a square one if it fits neither of them better."""
     n = pos_embed.shape[1] - 1
     if n != old_size[0] * old_size[1]:
         old_size = new_size if n == new_size[0] * new_size[1] else (math.isqrt(n), math.isqrt(n))
@@ -154,10 +138,7 @@ def _resample_pos_embed(
     return resample_abs_pos_embed(pos_embed, list(new_size), list(old_size))
 
 
-def levit_checkpoint_filter_fn(
-        state_dict: Dict[str, Any],
-        model: nn.Module,
-) -> Dict[str, torch.Tensor]:
+def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Make a checkpoint fit an EvoLevit.
 
     Takes the authors' key names as well as timm's, drops the class token heads and the learned tradeoff where the model

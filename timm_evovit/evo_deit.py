@@ -136,6 +136,13 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
         return training.mix_heads(logits, logits_cls)
 
 
+model_cfgs = dict(
+    tiny=dict(embed_dim=192, depth=12, num_heads=3),
+    small=dict(embed_dim=384, depth=12, num_heads=6),
+    base=dict(embed_dim=768, depth=12, num_heads=12),
+)
+
+
 def _create_evo_deit(
         variant: str,
         pretrained: bool = False,
@@ -153,6 +160,7 @@ def _create_evo_deit(
           and 'crop_pct' not in (pretrained_cfg_overlay or {})):
         cfg = replace(cfg, crop_pct=_cfg()['crop_pct'])  # not DeiT's weights after all: the paper's transform too
     out_indices = kwargs.pop('out_indices', 3)
+    kwargs = {**model_cfgs[variant.split('_')[2]], **kwargs}
     return build_model(EvoVisionTransformer, variant, pretrained, cfg, checkpoint_filter_fn, out_indices, **kwargs)
 
 
@@ -192,36 +200,31 @@ for _short in ('evo_deit_tiny', 'evo_deit_small', 'evo_deit_base'):
 @register_model
 def evo_deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
     """Evo-DeiT-Ti @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    model_args = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
-    return _create_evo_deit('evo_deit_tiny_patch16_224', pretrained, **dict(model_args, **kwargs))
+    return _create_evo_deit('evo_deit_tiny_patch16_224', pretrained, **kwargs)
 
 
 @register_model
 def evo_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
     """Evo-DeiT-S @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
-    return _create_evo_deit('evo_deit_small_patch16_224', pretrained, **dict(model_args, **kwargs))
+    return _create_evo_deit('evo_deit_small_patch16_224', pretrained, **kwargs)
 
 
 @register_model
 def evo_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
     """Evo-DeiT-B @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
-    return _create_evo_deit('evo_deit_base_patch16_224', pretrained, **dict(model_args, **kwargs))
+    return _create_evo_deit('evo_deit_base_patch16_224', pretrained, **kwargs)
 
 
 @register_model
 def evo_deit_small_patch16_384(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
     """Evo-DeiT-S @ 384x384, not in the paper."""
-    model_args = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
-    return _create_evo_deit('evo_deit_small_patch16_384', pretrained, **dict(model_args, **kwargs))
+    return _create_evo_deit('evo_deit_small_patch16_384', pretrained, **kwargs)
 
 
 @register_model
 def evo_deit_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
     """Evo-DeiT-B @ 384x384 from paper (https://arxiv.org/abs/2108.01390)."""
-    model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
-    return _create_evo_deit('evo_deit_base_patch16_384', pretrained, **dict(model_args, **kwargs))
+    return _create_evo_deit('evo_deit_base_patch16_384', pretrained, **kwargs)
 
 
 @register_model

@@ -65,11 +65,7 @@ class EvoLevitAttention(Attention):
     init_non_persistent_buffers = reset_parameters
 
     def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
-        """
-        Args:
-            x: Tokens (B, N, C), the class token first.
-            state: Receives class attention over all tokens, (B, N).
-        """
+        """Tokens (B, N, C), the class token first; `state` receives class attention (B, N) over all of them."""
         q, k, v = split_heads(self.qkv(x), self.num_heads).split([self.key_dim, self.key_dim, self.val_dim], dim=3)
         x, scores = attend(q, k, v, self.scale)
         if state is not None:
@@ -81,11 +77,7 @@ class EvoLevitBlock(LevitBlock):
     """Residual attention and residual MLP, which can also write the class attention of its attention layer."""
 
     def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
-        """
-        Args:
-            x: Tokens (B, N, C), the class token first.
-            state: Receives class attention over all tokens, (B, N).
-        """
+        """Tokens (B, N, C), the class token first; `state` receives class attention (B, N) over all of them."""
         x = x + self.drop_path1(self.attn(x, state))
         return x + self.drop_path2(self.mlp(x))
 
@@ -100,14 +92,10 @@ class EvoLevitAttentionDownsample(AttentionDownsample):
         """There are none without attention biases."""
 
     def forward(self, x: torch.Tensor, state: EvolutionState) -> torch.Tensor:
-        """
-        Args:
-            x: Tokens (B, 1 + H * W, C).
-            state: Global class attention (B, H * W), replaced by that of the smaller grid, whose sum is the same, or by
-                None if nothing later reads it; and tradeoffs, of which the first is used up.
+        """Tokens (B, 1 + H * W, C) to tokens (B, 1 + h * w, C) of the smaller grid.
 
-        Returns:
-            Tokens (B, 1 + h * w, C) of the smaller grid.
+        In `state` the global class attention becomes that of the smaller grid, with the same sum, or None if nothing
+        later reads it, and the first tradeoff is used up.
         """
         x = x + self.pos_embed
         k, v = split_heads(self.kv(x), self.num_heads).split([self.key_dim, self.val_dim], dim=3)
@@ -152,15 +140,7 @@ class EvoLevitStage(LevitStage):
             tradeoff: float,
             representative_token: bool,
     ) -> 'EvoLevitStage':
-        """Make a stage of timm's LeViT evolve.
-
-        Args:
-            stage: The stage, taken apart.
-            in_grid_size: Patch grid (H, W) before it, which it downsamples if it is not that of its blocks.
-            grid_size: Patch grid (H, W) of the blocks.
-            tradeoff: Weight of an attention's class attention in the global one, unless forward is given others.
-            representative_token: Update placeholders by a representative token.
-        """
+        """Make a stage of timm's LeViT evolve. Grids are (H, W), before it and of its blocks."""
         stage = recast(stage, cls)
         stage.grid_size = grid_size
         if isinstance(stage.downsample, LevitDownsample):
@@ -197,14 +177,7 @@ class EvoLevitStage(LevitStage):
         self.blocks.set_schedule(schedule.part(first), None if layerwise is None else layerwise.part(first))
 
     def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
-        """
-        Args:
-            x: Tokens (B, N, C), the class token first.
-            state: Global class attention and tradeoffs so far, and selections. Updated.
-
-        Returns:
-            Tokens (B, 1 + h * w, C).
-        """
+        """Tokens (B, N, C), the class token first, to tokens (B, 1 + h * w, C). `state` is updated."""
         if state is None:
             state = EvolutionState()
         if self.downsample is not None:
@@ -503,10 +476,14 @@ def _create_evo_levit(
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         **kwargs: Any,
 ) -> EvoLevit:
+    size = variant.removeprefix('evo_')  # timm's name of the model, at 384 pixels with another ending
+    size = size if size in model_cfgs else size.removesuffix('_384')
+    model_args = dict(model_cfgs[size], **({'drop_path_rate': 0.1} if size == 'levit_384' else {}))
     cfg = resolve_weights(
         variant, pretrained, pretrained_cfg, pretrained_cfg_overlay,
         'which no Evo-LeViT has but Evo-DeiT has: evo_deit_small_patch16_224.fb_in1k, for one')
     out_indices = kwargs.pop('out_indices', (0, 1, 2))
+    kwargs = {**model_args, **kwargs}
     return build_model(EvoLevit, variant, pretrained, cfg, checkpoint_filter_fn, out_indices, **kwargs)
 
 
@@ -530,61 +507,49 @@ default_cfgs = generate_default_cfgs({
 
 @register_model
 def evo_levit_128s(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
-    """Evo-LeViT-128S @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    return _create_evo_levit('evo_levit_128s', pretrained, **dict(model_cfgs['levit_128s'], **kwargs))
+    return _create_evo_levit('evo_levit_128s', pretrained, **kwargs)
 
 
 @register_model
 def evo_levit_128(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
-    """Evo-LeViT-128 @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    return _create_evo_levit('evo_levit_128', pretrained, **dict(model_cfgs['levit_128'], **kwargs))
+    return _create_evo_levit('evo_levit_128', pretrained, **kwargs)
 
 
 @register_model
 def evo_levit_192(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
-    """Evo-LeViT-192 @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    return _create_evo_levit('evo_levit_192', pretrained, **dict(model_cfgs['levit_192'], **kwargs))
+    return _create_evo_levit('evo_levit_192', pretrained, **kwargs)
 
 
 @register_model
 def evo_levit_256(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
-    """Evo-LeViT-256 @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    return _create_evo_levit('evo_levit_256', pretrained, **dict(model_cfgs['levit_256'], **kwargs))
+    return _create_evo_levit('evo_levit_256', pretrained, **kwargs)
 
 
 @register_model
 def evo_levit_384(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
-    """Evo-LeViT-384 @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    model_args = dict(model_cfgs['levit_384'], drop_path_rate=0.1)
-    return _create_evo_levit('evo_levit_384', pretrained, **dict(model_args, **kwargs))
+    return _create_evo_levit('evo_levit_384', pretrained, **kwargs)
 
 
 @register_model
 def evo_levit_128s_384(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
-    """Evo-LeViT-128S @ 384x384, not in the paper."""
-    return _create_evo_levit('evo_levit_128s_384', pretrained, **dict(model_cfgs['levit_128s'], **kwargs))
+    return _create_evo_levit('evo_levit_128s_384', pretrained, **kwargs)
 
 
 @register_model
 def evo_levit_128_384(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
-    """Evo-LeViT-128 @ 384x384, not in the paper."""
-    return _create_evo_levit('evo_levit_128_384', pretrained, **dict(model_cfgs['levit_128'], **kwargs))
+    return _create_evo_levit('evo_levit_128_384', pretrained, **kwargs)
 
 
 @register_model
 def evo_levit_192_384(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
-    """Evo-LeViT-192 @ 384x384, not in the paper."""
-    return _create_evo_levit('evo_levit_192_384', pretrained, **dict(model_cfgs['levit_192'], **kwargs))
+    return _create_evo_levit('evo_levit_192_384', pretrained, **kwargs)
 
 
 @register_model
 def evo_levit_256_384(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
-    """Evo-LeViT-256 @ 384x384 from paper (https://arxiv.org/abs/2108.01390)."""
-    return _create_evo_levit('evo_levit_256_384', pretrained, **dict(model_cfgs['levit_256'], **kwargs))
+    return _create_evo_levit('evo_levit_256_384', pretrained, **kwargs)
 
 
 @register_model
 def evo_levit_384_384(pretrained: bool = False, **kwargs: Any) -> EvoLevit:
-    """Evo-LeViT-384 @ 384x384 from paper (https://arxiv.org/abs/2108.01390)."""
-    model_args = dict(model_cfgs['levit_384'], drop_path_rate=0.1)
-    return _create_evo_levit('evo_levit_384_384', pretrained, **dict(model_args, **kwargs))
+    return _create_evo_levit('evo_levit_384_384', pretrained, **kwargs)

@@ -3,12 +3,16 @@
 Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390
 """
 import copy
+from dataclasses import replace
 from itertools import chain
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
+import timm
 import torch
 from timm.layers import Attention
+from timm.models import PretrainedCfg, generate_default_cfgs, parse_model_name, register_model, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -17,27 +21,26 @@ from torch.nn import functional as F
 from . import evolution  # FX finds wrapped functions as attributes of their module
 from .base import EvolvingModel, check, check_flag, check_ratios, is_number, recast
 from .evolution import EvolutionState, EvolvingSequential, Selection
+from .hub import evo_cfg
 
-__all__ = [
-    'EvoAttention', 'EvoBlock', 'EvolvedVisionTransformer', 'EvolvedVisionTransformerDistilled', 'EvolvingVit',
-    'evolve',
-]
+__all__ = ['EvoAttention', 'EvoBlock', 'EvolvingVit', 'evolve']
+
+EVOLUTION_ARGS = (
+    'keep_ratio', 'stages', 'representative_token', 'tradeoff', 'selection', 'layer_to_stage_epochs')
 
 
 class EvoAttention(Attention):
     """timm's Attention, which can also write class attention."""
 
     def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
-        """
-        Args:
-            x: Tokens (B, N, C), the class token first.
-            state: Receives class attention over all tokens, (B, N).
-        """
+        """Tokens (B, N, C), the class token first; `state` receives class attention (B, N) over all of them."""
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if state is not None:
-            state.class_attn = evolution.class_attention(evolution.class_scores(q, k, self.scale))
+            # keys first: they are copied by rows, which is several times faster on a CPU
+            scores = (k @ q[:, :, :1].transpose(-2, -1)).squeeze(-1) * self.scale
+            state.class_attn = evolution.class_attention(scores)
         if self.fused_attn:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
         else:
@@ -54,11 +57,7 @@ class EvoBlock(Block):
         self.grid = nn.Identity()  # called with the complete tokens where an evolution stage starts at this block
 
     def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
-        """
-        Args:
-            x: Tokens (B, N, C), the class token first.
-            state: Receives class attention over all tokens, (B, N).
-        """
+        """Tokens (B, N, C), the class token first; `state` receives class attention (B, N) over all of them."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), state)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -249,6 +248,7 @@ def evolve(
         *,
         tradeoff: Optional[Union[float, Sequence[float]]] = None,
         selection: str = 'stage',
+        layer_to_stage_epochs: int = 0,
 ) -> EvolvingVit:
     """Make a Vision Transformer of timm faster by slow-fast token evolution, without training.
 
@@ -260,7 +260,7 @@ def evolve(
     Args:
         model: Built VisionTransformer or VisionTransformerDistilled with a class token, or either in the wrapper that
             `features_only=True` makes.
-        keep_ratio, stages, tradeoff, selection: As in `EvoVisionTransformer`.
+        keep_ratio, stages, tradeoff, selection, layer_to_stage_epochs: As in `EvoVisionTransformer`.
         representative_token: Update placeholders by a representative token, or leave them until the stage ends. Better
             without training, and so the default here.
 
@@ -271,7 +271,7 @@ def evolve(
     """
     args: Dict[str, Any] = dict(
         keep_ratio=keep_ratio, stages=stages, tradeoff=tradeoff, selection=selection,
-        representative_token=representative_token)
+        representative_token=representative_token, layer_to_stage_epochs=layer_to_stage_epochs)
     if isinstance(model, FeatureGetterNet):
         return copy.deepcopy(model, {id(model.model): evolve(model.model, **args)})
     if isinstance(model, EvolvingModel):
@@ -284,6 +284,44 @@ def evolve(
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
     evolved = recast(copy.deepcopy(model, shared), EVOLVED[type(model)])
     evolved.blocks = nn.Sequential(*[_evolve_block(block, f'blocks.{i}') for i, block in enumerate(evolved.blocks)])
-    evolved._evolve_blocks(**args)
+    evolved._evolve_blocks(**args, device=model.cls_token.device)
     evolved.set_grad_checkpointing(model.grad_checkpointing)
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if cfg is not None:  # saved, it comes back as an `evo_vit`
+        evolved.pretrained_cfg = evolved.default_cfg = dict(cfg, architecture='evo_vit')
+        evolved._remember_args(base=cfg['architecture'], **args)
     return evolved
+
+
+default_cfgs = generate_default_cfgs({'evo_vit.untrained': evo_cfg(fixed_input_size=True)})
+
+
+@register_model
+def evo_vit(
+        pretrained: bool = False,
+        base: str = 'vit_small_patch16_224',
+        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
+        **kwargs: Any,
+) -> EvolvingVit:
+    """Any Vision Transformer of timm by name, evolved.
+
+    Args:
+        pretrained: Load the weights of the base.
+        base: Vision Transformer, by any name that timm takes.
+        pretrained_cfg: Configuration of saved weights, in place of that of the base.
+        **kwargs: Arguments of `evolve` and of the base.
+
+    Raises:
+        TypeError, ValueError: As `evolve`, or the base does not know an argument.
+        RuntimeError: There is no such base.
+    """
+    evolution_args = {k: kwargs.pop(k) for k in EVOLUTION_ARGS if k in kwargs}
+    cfg = resolve_pretrained_cfg('evo_vit', pretrained_cfg)
+    if cfg.has_weights or cfg.state_dict:  # a saved evo_vit
+        source, name = parse_model_name(base)
+        if source:  # timm takes either weights or a source
+            load = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
+            _, base, base_args = load(name)
+            kwargs = {**(base_args or {}), **kwargs}
+        kwargs['pretrained_cfg'] = replace(cfg, architecture=base)
+    return evolve(timm.create_model(base, pretrained, **kwargs), **evolution_args)

@@ -13,11 +13,6 @@ import torch
 from timm.models import checkpoint
 from torch import nn
 
-__all__ = [
-    'EvolutionState', 'EvolvingSequential', 'Schedule', 'Selection', 'StageState', 'class_attention', 'class_scores',
-    'merge_attention', 'merge_tokens', 'split_tokens', 'update_global_attn',
-]
-
 
 class Schedule(NamedTuple):
     """Where a sequence of blocks selects tokens and where it tracks global class attention, one entry per block."""
@@ -34,13 +29,11 @@ class Schedule(NamedTuple):
     ) -> 'Schedule':
         """Lay out the evolution stages over the blocks (paper section 'Slow-fast token evolution').
 
-        Layer-wise selection is stage-wise selection with stages of one block.
-
         Args:
             tradeoff: Weight of each block's class attention in the global class attention.
             stages: First block of each evolution stage, ascending.
             keep_ratio: Ratio of informative patches in each stage, 1 for a stage that updates all of them.
-            selection: 'stage' selects once per stage, 'layer' before each of its blocks.
+            selection: 'stage', or 'layer' for stages of one block.
         """
         starts = dict(zip(stages, keep_ratio))
         stage_keep_ratio: List[Optional[Tuple[int, int]]] = []
@@ -125,30 +118,11 @@ def num_kept(num_patches: int, keep_ratio: Tuple[int, int]) -> int:
     return torch.sym_max(1, k)
 
 
-def class_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Scaled dot products of the class token's query with all keys, where fused attention does not give them.
-
-    Args:
-        q: Queries (B, heads, N, d), the class token first.
-        k: Keys (B, heads, N, d).
-        scale: Factor of the dot products, 1 / sqrt(d).
-
-    Returns:
-        (B, heads, N).
-    """
-    # keys first: where they are a part of a projection they are copied, by rows, which is several times faster on a CPU
-    return (k @ q[:, :, :1].transpose(-2, -1)).squeeze(-1) * scale
-
-
 @torch.fx.wrap
 def class_attention(scores: torch.Tensor) -> torch.Tensor:
-    """Attention of the class token over all tokens, averaged over the heads (paper eq. 3).
+    """Scaled dot products (B, heads, N) of the class token's query with all keys to class attention (B, N).
 
-    Args:
-        scores: Scaled dot products (B, heads, N) of the class token's query with all keys.
-
-    Returns:
-        (B, N), in float32 at least: selection needs to tell close patches apart.
+    It is the mean over the heads (paper eq. 3), in float32 at least: selection needs to tell close patches apart.
     """
     if scores.dtype != torch.float64:
         scores = scores.float()
@@ -161,13 +135,9 @@ def update_global_attn(
         tradeoff: float,
         learned_tradeoff: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Global class attention after one more layer: `(1 - tradeoff) * global_attn + tradeoff * class_attn`.
+    """Global class attention (B, n) after one more layer: `(1 - tradeoff) * global_attn + tradeoff * class_attn`.
 
-    Args:
-        global_attn: Global class attention (B, n) so far.
-        class_attn: Class attention (B, n) of the layer.
-        tradeoff: Weight of the layer.
-        learned_tradeoff: Scalar tensor that takes the place of `tradeoff`.
+    A scalar tensor `learned_tradeoff` takes the place of `tradeoff`.
     """
     if learned_tradeoff is not None:
         return global_attn.lerp(class_attn, learned_tradeoff.to(global_attn.dtype))
@@ -214,17 +184,10 @@ def split_tokens(
 
 @torch.fx.wrap
 def merge_tokens(stage: StageState, slow: torch.Tensor) -> torch.Tensor:
-    """Put the complete sequence back together (paper section 'Slow-fast token updating').
+    """Slow tokens (B, P + K [+ 1], C) after any number of blocks to the complete sequence (B, N, C) in raster order.
 
     Slow tokens return to their places. Placeholders receive what the blocks added to the representative token, or stay
-    as they were if there is none.
-
-    Args:
-        stage: What `split_tokens` set aside.
-        slow: Slow tokens (B, P + K [+ 1], C) after any number of blocks.
-
-    Returns:
-        Tokens (B, N, C) in raster order.
+    as they were if there is none (paper section 'Slow-fast token updating').
     """
     x, representative = stage.x, stage.representative
     if representative is not None:
@@ -233,14 +196,8 @@ def merge_tokens(stage: StageState, slow: torch.Tensor) -> torch.Tensor:
     return x.index_put([stage.batch_idx, stage.token_idx], slow)
 
 
-@torch.fx.wrap
-def merge_attention(stage: StageState, global_attn: torch.Tensor) -> torch.Tensor:
-    """Global class attention (B, n) of the complete grid: placeholders keep the entries they had."""
-    return stage.global_attn.scatter(1, stage.keep_idx, global_attn)
-
-
 def with_class_attention(block: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Output of a block and its class attention, as a function without side effects, which checkpointing needs."""
+    """Output of a block and its class attention. Checkpointing needs a function without side effects."""
     state = EvolutionState()
     x = block(x, state)
     return x, state.class_attn
@@ -251,7 +208,8 @@ class EvolvingSequential(nn.Sequential):
 
     A block maps (B, N, C) to (B, N, C). Where class attention is needed, it is called as `block(x, state)` and writes
     that attention, (B, N), to `state.class_attn`. Each block has a module `grid`, an identity, that is called with the
-    complete sequence where a stage starts at this block: a place for hooks.
+    complete sequence where a stage starts at this block: a place for hooks. `tradeoff` is the weight of each block's
+    class attention in the global class attention.
     """
     schedule: Schedule
     layerwise_schedule: Optional[Schedule]
@@ -263,13 +221,6 @@ class EvolvingSequential(nn.Sequential):
             num_prefix_tokens: int = 1,
             representative_token: bool = False,
     ) -> None:
-        """
-        Args:
-            blocks: Transformer blocks.
-            tradeoff: Weight of each block's class attention in the global class attention.
-            num_prefix_tokens: Number of tokens in front of the patches, the class token first.
-            representative_token: Update placeholders by a representative token.
-        """
         super().__init__(*blocks)
         self.tradeoff = list(tradeoff)
         self.num_prefix_tokens = num_prefix_tokens
@@ -304,15 +255,7 @@ class EvolvingSequential(nn.Sequential):
         return part.train(self.training)
 
     def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
-        """Run the blocks.
-
-        Args:
-            x: Tokens (B, N, C).
-            state: Global class attention so far and what is wanted beside the tokens. Updated.
-
-        Returns:
-            Tokens (B, N, C), complete and in raster order.
-        """
+        """Tokens (B, N, C) to tokens (B, N, C), complete and in raster order. `state` is updated."""
         if state is None:
             state = EvolutionState()
         schedule, layerwise = self.schedule, self.layerwise_schedule
@@ -325,8 +268,8 @@ class EvolvingSequential(nn.Sequential):
             if keep_ratio is not None:
                 if stage is not None:
                     x = merge_tokens(stage, x)
-                    if global_attn is not None:
-                        global_attn = merge_attention(stage, global_attn)
+                    if global_attn is not None:  # placeholders keep the entries they had
+                        global_attn = stage.global_attn.scatter(1, stage.keep_idx, global_attn)
                     stage = None
                 x = block.grid(x)
                 if keep_ratio[0] < keep_ratio[1]:
@@ -362,7 +305,7 @@ class EvolvingSequential(nn.Sequential):
         if stage is not None:
             x = merge_tokens(stage, x)
             if global_attn is not None:
-                global_attn = merge_attention(stage, global_attn)
+                global_attn = stage.global_attn.scatter(1, stage.keep_idx, global_attn)
         state.global_attn = global_attn
         if tradeoff is not None:
             state.tradeoff = tradeoff[len(self.tradeoff):]

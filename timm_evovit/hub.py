@@ -66,15 +66,8 @@ def resolve_weights(
 ) -> PretrainedCfg:
     """The configuration that a model is built with and its weights are loaded by.
 
-    Args:
-        variant: Name of the model.
-        pretrained: Weights are asked for.
-        pretrained_cfg: Tag or configuration, as given to timm.
-        pretrained_cfg_overlay: What replaces parts of it.
-        fallback_hint: Weights on the Hub to propose where there are none.
-
     Raises:
-        RuntimeError: The paper's weights are asked for and nobody has said where they are.
+        RuntimeError: The paper's weights are asked for and nobody has said where they are. It names `fallback_hint`.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     if cfg.url and cfg.source is None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict, list_models, save_for_hf, split_model_name_tag
 from timm.models._hub import generate_readme
 
-from ..checkpoints import join_names, rename_authors
+from ..checkpoints import rename_authors
 from ..hub import DRIVE_FILE, PUBLISHED
 
 __all__ = ['CorruptCheckpointError', 'convert', 'count_classes', 'read_weights', 'upload']
@@ -26,6 +26,10 @@ DROPPED = {  # what a model may have no place for: reason, and beginnings of the
     'the tradeoff is a fixed number': ('tradeoff',),
     'count of the epochs of training': ('epochs_started',),
 }
+
+
+def join_names(names: List[str], limit: int = 8) -> str:
+    return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
 
 
 class CorruptCheckpointError(ValueError):
