@@ -220,14 +220,13 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 def plot(comparisons: List[Dict[str, Any]], path: Path) -> None:
-    """Per configuration: top-1 by epoch, and top-1 against the speed of training and of inference."""
+    """Per configuration: top-1 by epoch, dotted if unfinished, and against the speed of training and of inference."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    comparisons = [c for c in comparisons if c['variants']]
     if not comparisons:
-        raise SystemExit('no run has finished, there is nothing to plot')
+        raise SystemExit('no run has begun, there is nothing to plot')
     figure, axes = plt.subplots(
         len(comparisons), 3, figsize=(13, 4.2 * len(comparisons)), squeeze=False, layout='constrained')
     for row, comparison in zip(axes, comparisons):
@@ -240,6 +239,9 @@ def plot(comparisons: List[Dict[str, Any]], path: Path) -> None:
                     top1 = [run['top1'][-1] for run in v['runs']]
                     axis.plot([v[what]] * len(top1), top1, '.', color=f'C{i}', alpha=0.5)
                     axis.plot(v[what], v['top1'], 'os^Dv<>p'[i % 8], ms=8, **style)
+        for i, run in enumerate(comparison['unfinished'], len(comparison['variants'])):
+            label = f"{run['variant']}, seed {run['seed']}, unfinished"
+            row[0].plot(np.arange(1, len(run['top1']) + 1), run['top1'], ':', color=f'C{i}', label=label)
         row[0].set(xlabel='epoch', ylabel='top-1 (%)', title='top-1 by epoch, mean of the seeds')
         row[0].legend(frameon=False, loc='lower right')
         for axis, what in zip(row[1:], ('training', 'inference')):

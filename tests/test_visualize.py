@@ -258,7 +258,7 @@ def test_an_image_that_cannot_be_read(photos, run):
     (['--model', 'evo_deit_tiny', '--checkpoint', 'missing.pth', *TINY], 'missing.pth'),
     (['--model', 'evo_deit_tiny', '--checkpoint', 'code.pth', *TINY], 'is refused'),
     (['--model', 'evo_deit_tiny', '--checkpoint', 'half.safetensors', *TINY], 'damaged'),
-    (['--model', 'evo_deit_tiny', '--checkpoint', 'model.pth'], 'does not fit'),
+    (['--model', 'evo_deit_tiny', '--checkpoint', 'model.pth'], 'size mismatch'),
 ])
 def test_mistakes(photos, run, checkpoint, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)

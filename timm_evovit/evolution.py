@@ -190,10 +190,13 @@ def merge_tokens(stage: StageState, slow: torch.Tensor) -> torch.Tensor:
     as they were if there is none (paper section 'Slow-fast token updating').
     """
     x, representative = stage.x, stage.representative
-    if representative is not None:
+    if representative is None:
+        x = x.clone()
+    else:
         x = x + (slow[:, -1:] - representative)
         slow = slow[:, :-1]
-    return x.index_put([stage.batch_idx, stage.token_idx], slow)
+    x[stage.batch_idx, stage.token_idx] = slow
+    return x
 
 
 def with_class_attention(block: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
