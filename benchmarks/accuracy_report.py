@@ -2,7 +2,7 @@
 """Table and plot of what `accuracy.py` has trained and timed.
 
     python benchmarks/accuracy_report.py
-    python benchmarks/accuracy_report.py --page docs/accuracy.md --plot docs/accuracy.png
+    python benchmarks/accuracy_report.py --page docs/accuracy.md --plot accuracy.png
 
 Runs of one configuration make one table, each paired with the dense baseline of the same seed. Of the difference to
 that there are two 95 % intervals: over seeds, by the t distribution, says how much another seed might change it (it
@@ -248,6 +248,7 @@ def plot(comparisons: List[Dict[str, Any]], path: Path) -> None:
             axis.set(xlabel=f'{what}, times as fast as dense', ylabel='top-1 (%)', title=f'top-1 against {what} speed')
         for axis in row:
             axis.grid(alpha=0.3)
+            axis.set_visible(axis.has_data())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
