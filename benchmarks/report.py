@@ -11,10 +11,10 @@ A page marks where a table or a plot goes; what is between the marks is replaced
     <!-- plot: speed speed.png file=speed-cpu -->
     <!-- end -->
 
-The first word names one of the tables (speed, keep_ratio, dense_features) or plots (speed, top1, keep_ratio). A plot
-goes to the file named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the
+The first word names one of the tables (speed, keep_ratio, dense_features, flops, models) or plots (speed, top1,
+keep_ratio). A plot goes to the file named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the
 row with shell patterns, `file=` the name of the result file without `.json`. By default all files are taken whose name
-starts with that of the benchmark.
+starts with that of the benchmark. A mark stays empty as long as there is no such file.
 """
 import argparse
 import hashlib
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import matplotlib
+import timm
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
@@ -73,17 +74,20 @@ def select(mark: Mark, results: Path) -> List[Row]:
     """Rows of the result files that a mark asks for, each with what its run was made with under 'of'.
 
     Raises:
-        ValueError: There are none.
+        FileNotFoundError: There are no such files.
+        ValueError: They have no such rows.
     """
     conditions = dict(mark.conditions)
     files = conditions.pop('file', f"{'speed' if mark.name == 'top1' else mark.name}*")
+    paths = [path for path in sorted(results.glob('*.json')) if matches(path.stem, files)]
+    if not paths:
+        raise FileNotFoundError(f'{results.name} has no file {files}.json')
     rows = []
-    for path in sorted(results.glob('*.json')):
-        if matches(path.stem, files):
-            report = json.loads(path.read_text())
-            of = {key: value for key, value in report.items() if key != 'rows'}
-            of['by_run'] = {(row.get('run'), row.get('seed'), row['model']): row for row in report['rows']}
-            rows += [{**row, 'of': of} for row in report['rows']]
+    for path in paths:
+        report = json.loads(path.read_text())
+        of = {key: value for key, value in report.items() if key != 'rows'}
+        of['by_run'] = {(row.get('run'), row.get('seed'), row['model']): row for row in report['rows']}
+        rows += [{**row, 'of': of} for row in report['rows']]
     unknown = [key for key in conditions if not any(key in row for row in rows)]
     if rows and unknown:
         raise ValueError(f'{mark.kind} {mark.name}: no row has {unknown[0]!r}')
@@ -164,6 +168,38 @@ def dense_features_table(rows: List[Row]) -> str:
     return markdown(header, lines) + '\n\n' + made_with(rows)
 
 
+def flops_table(rows: List[Row]) -> str:
+    """One line per counter: the dense model, the other and their ratio, with fused attention and without."""
+    counts = {(r['counter'], r['fused_attn'], r['model']): r['multiply_adds'] for r in rows}
+    dense, evo = (next(r['model'] for r in rows if (r['model'] == r['baseline']) == b) for b in (True, False))
+    lines = []
+    for counter in dict.fromkeys(r['counter'] for r in rows):
+        line = [counter]
+        for fused in (True, False):
+            a, b = (counts[counter, fused, model] for model in (dense, evo))
+            line += [f'{a / 1e9:.3f} / {b / 1e9:.3f}', f'{a / b:.3f}']
+        lines.append(line)
+    header = ['', 'fused attention: G multiply-adds', 'ratio', '`set_fused_attn(False)`: G multiply-adds', 'ratio']
+    v = rows[0]['of']['versions']
+    tools = ', '.join(f'{name} {v[name]}' for name in ('torch', 'timm', 'fvcore', 'ptflops', 'torchinfo'))
+    return markdown(header, lines) + f'\n\n`{dense}` / `{evo}`, one image; {tools}.'
+
+
+def tags_of(model: str) -> List[str]:
+    """Tags of the weights that a model may have, those on the Hub first."""
+    tags = [name.partition('.')[2] for name in timm.models.get_arch_pretrained_cfgs(model)]
+    return sorted((tag for tag in tags if tag != 'untrained'), key=lambda tag: tag != 'fb_in1k')
+
+
+def models_table(rows: List[Row]) -> str:
+    return markdown(['model', 'parameters', 'G multiply-adds (dense model)', 'top-1 in the paper', 'weights'], [[
+        f"`{r['model']}`", f"{r['parameters'] / 1e6:.2f} M",
+        f"{r['multiply_adds'] / 1e9:.3f} ({r['dense_multiply_adds'] / 1e9:.3f})",
+        str(TOP1.get(r['model'], 'not published')),
+        ', '.join(f'`{tag}`' for tag in tags_of(r['model']))]
+        for r in rows])
+
+
 def speed_plot(rows: List[Row]) -> plt.Figure:
     """Speed-up of each row with its range, and the ratio of multiply-adds."""
     rows = [row for row in rows if row['model'] != row['baseline']]
@@ -238,7 +274,8 @@ def keep_ratio_plot(rows: List[Row]) -> plt.Figure:
 
 
 TABLES: Dict[str, Callable[[List[Row]], str]] = {
-    'speed': speed_table, 'keep_ratio': keep_ratio_table, 'dense_features': dense_features_table}
+    'speed': speed_table, 'keep_ratio': keep_ratio_table, 'dense_features': dense_features_table,
+    'flops': flops_table, 'models': models_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
     'speed': speed_plot, 'top1': top1_plot, 'keep_ratio': keep_ratio_plot}
 
@@ -266,7 +303,13 @@ def fill(page: Path, results: Path, check: bool) -> List[str]:
 
     def replace(match: re.Match) -> str:
         mark = parse_mark(match[2], match[3])
-        rows = select(mark, results)
+        try:
+            rows = select(mark, results)
+        except FileNotFoundError as error:  # not measured yet
+            print(f'{page.name}: {mark.kind} {mark.name} is empty: {error}')
+            if match[4]:
+                changed.append(f'{page.name}: {mark.kind} {mark.name}')
+            return match[1] + match[5]
         if mark.kind == 'table':
             content = TABLES[mark.name](rows)
         else:
