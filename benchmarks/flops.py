@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Multiply-adds of a Vision Transformer and its Evo-ViT as different tools count them, with fused attention and without.
+"""Multiply-adds of DeiT and Evo-DeiT as several tools count them, with fused attention and without.
 
     python benchmarks/flops.py --output benchmarks/results/flops.json
 

@@ -37,8 +37,9 @@ def main(argv: Optional[List[str]] = None) -> None:
             dense_name(name), device='meta').pretrained_cfg['input_size'][1] != size[1] else {}
         dense = timm.create_model(dense_name(name), **kwargs)
         row = dict(
-            model=name, baseline=dense_name(name), img_size=size[1], parameters=sum(p.numel() for p in model.parameters()),
-            multiply_adds=harness.multiply_adds(model, size), dense_multiply_adds=harness.multiply_adds(dense, size))
+            model=name, baseline=dense_name(name), img_size=size[1],
+            parameters=sum(p.numel() for p in model.parameters()), multiply_adds=harness.multiply_adds(model, size),
+            dense_multiply_adds=harness.multiply_adds(dense, size))
         report.add(row)
         print('{model}: {parameters:,} parameters, {multiply_adds:,} multiply-adds, {baseline} {dense_multiply_adds:,}'
               .format(**row))

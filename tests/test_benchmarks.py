@@ -230,5 +230,33 @@ def test_report_names_what_it_does_not_know(tmp_path, results, capsys, mark, mes
     assert message in capsys.readouterr().err
 
 
+def test_report_leaves_a_mark_empty_without_results(tmp_path, results):
+    page = tmp_path / 'page.md'
+    empty = '<!-- table: flops -->\n<!-- end -->\n<!-- plot: speed x.png file=speed-gpu -->\n<!-- end -->\n'
+    page.write_text(empty)
+    arguments = [str(page), '--results', str(results)]
+    assert report.main([*arguments, '--check']) == 0 and report.main(arguments) == 0 and page.read_text() == empty
+    page.write_text(empty.replace('flops -->\n', 'flops -->\nold\n'))
+    assert report.main([*arguments, '--check']) == 1
+    assert report.main(arguments) == 0 and page.read_text() == empty and not (tmp_path / 'x.png').exists()
+
+
+def test_report_writes_counts(tmp_path, results):
+    counts = harness.Report('flops', results / 'flops.json')
+    counts.data['versions'].update(fvcore='1', ptflops='2', torchinfo='3')
+    counts.add(*(dict(model=model, baseline='deit', counter='fvcore', fused_attn=fused, multiply_adds=n)
+                 for model, fused, n in (('deit', True, 3e9), ('evo', True, 2e9), ('deit', False, 4e9), ('evo', False, 2e9))))
+    models = harness.Report('models', results / 'models.json')
+    models.add(*(dict(model=name, baseline='deit', parameters=2_500_000, multiply_adds=2e9, dense_multiply_adds=3e9)
+                 for name in ('evo_deit_tiny_patch16_224', 'evo_levit_128s_384')))
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- table: flops -->\n<!-- end -->\n<!-- table: models -->\n<!-- end -->\n')
+    report.main([str(page), '--results', str(results)])
+    lines = page.read_text().splitlines()
+    assert '| fvcore | 3.000 / 2.000 | 1.500 | 4.000 / 2.000 | 2.000 |' in lines
+    assert '| `evo_deit_tiny_patch16_224` | 2.50 M | 2.000 (3.000) | 72.0 | `fb_in1k`, `evovit_in1k` |' in lines
+    assert '| `evo_levit_128s_384` | 2.50 M | 2.000 (3.000) | not published |  |' in lines
+
+
 def test_the_documentation_is_what_the_results_say():
     assert report.main(['--check']) == 0
