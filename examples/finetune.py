@@ -6,8 +6,7 @@
 
 The folder has one folder per class below `train` and below `validation`. After every epoch in which top-1 rises,
 --output receives `checkpoint.pth`, for `--checkpoint` of timm's scripts, and the folder `model`, for
-`timm.create_model('local-dir:OUTPUT/model', pretrained=True)` or the Hugging Face Hub. An evolved Vision Transformer is
-saved as the dense model that it shares its weights with: pass it to `timm_evovit.evolve` again after loading.
+`timm.create_model('local-dir:OUTPUT/model', pretrained=True)` or the Hugging Face Hub.
 """
 import argparse
 from pathlib import Path
