@@ -323,3 +323,17 @@ def test_evo_vit_comes_back_evolving(by_name, tmp_path):
 def test_evo_vit_says_why_it_cannot_be_built(kwargs, error, message):
     with pytest.raises(error, match=message):
         timm.create_model('evo_vit', device='meta', **kwargs)
+
+
+@pytest.mark.slow
+def test_evo_vit_in_transformers_wrapper(tmp_path):
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    args = {k: v for k, v in ARGS.items() if k != 'num_classes'}
+    config = transformers.TimmWrapperConfig(
+        architecture='evo_vit', model_args=dict(base='vit_tiny_patch16_224', keep_ratio=0.7, **args), num_labels=7)
+    wrapper = transformers.TimmWrapperForImageClassification(config).eval()
+    wrapper.save_pretrained(tmp_path)
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert again.timm_model.keep_ratio == (0.7, 0.7)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images(2)).logits, wrapper(images(2)).logits)

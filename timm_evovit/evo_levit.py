@@ -185,6 +185,32 @@ class EvoLevitStage(LevitStage):
         return self.blocks(x, state)
 
 
+def check_levit_args(embed_dim: Sequence[int], key_dim: int, kwargs: Dict[str, Any]) -> None:
+    """Raise TypeError or ValueError for arguments that are not supported or do not fit the number of stages."""
+    use_conv, backbone = kwargs.get('use_conv', False), kwargs.get('stem_backbone')
+    check(not use_conv, 'use_conv', 'False: tokens are selected from sequences, not from maps', use_conv)
+    check(backbone is None, 'stem_backbone', "None: only the grids of stem_type 's16' and 's8' are known", backbone)
+    several = isinstance(embed_dim, Sequence) and not isinstance(embed_dim, str)
+    check(several, 'embed_dim', 'one width per stage, such as (128, 256, 384)', embed_dim, TypeError)
+    for name in ('depth', 'num_heads', 'attn_ratio', 'mlp_ratio'):
+        value = kwargs.get(name)
+        fits = not isinstance(value, Sequence) or len(value) == len(embed_dim)
+        check(fits, name, f'one number or one per stage, {len(embed_dim)} by embed_dim', value)
+    narrowest = min(embed_dim[:-1] or embed_dim)
+    wanted = f'in 1 .. {narrowest} for downsampling attentions of embed_dim // key_dim heads'
+    check(0 < key_dim <= narrowest, 'key_dim', wanted, key_dim)
+
+
+def grid_sizes(img_size: Tuple[int, int], reductions: List[int]) -> List[Any]:
+    """Size of the patch grid in each stage: stem and downsampling round up."""
+    grids = [tuple(-(-size // reduction) for size in img_size) for reduction in reductions]
+    if min(grids[0]) < 1 or (1, 1) in grids[:-1]:
+        raise ValueError(
+            f'img_size {img_size} gives grids of {grids} patches. A downsampling attention needs more than one patch: '
+            f'one side must be larger than {reductions[-2:][0]} pixels.')
+    return grids
+
+
 class EvoLevit(EvolvingModel, LevitDistilled):
     """LeViT with slow-fast token evolution.
 
@@ -230,23 +256,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         Raises:
             TypeError, ValueError: An argument is of the wrong kind, out of range or of the wrong length.
         """
-        use_conv, backbone = kwargs.get('use_conv', False), kwargs.get('stem_backbone')
-        check(not use_conv, 'use_conv', 'False: tokens are selected from sequences, not from maps', use_conv)
-        check(backbone is None, 'stem_backbone', "None: only the grids of stem_type 's16' and 's8' are known", backbone)
-        check(
-            isinstance(embed_dim, Sequence) and not isinstance(embed_dim, str), 'embed_dim',
-            'one width per stage, such as (128, 256, 384)', embed_dim, TypeError)
-        num_stages = len(embed_dim)
-        per_stage = dict(kwargs, depth=depth)
-        for name in ('depth', 'num_heads', 'attn_ratio', 'mlp_ratio'):
-            value = per_stage.get(name)
-            check(
-                not isinstance(value, Sequence) or len(value) == num_stages, name,
-                f'one number or one per stage, {num_stages} by embed_dim', value)
-        narrowest = min(embed_dim[:-1] or embed_dim)
-        check(
-            0 < key_dim <= narrowest, 'key_dim',
-            f'in 1 .. {narrowest} for downsampling attentions of embed_dim // key_dim heads', key_dim)
+        check_levit_args(embed_dim, key_dim, dict(kwargs, depth=depth))
         check_flag('representative_token', representative_token)
         fixed_tradeoff = 0.5
         if tradeoff != 'learned':
@@ -256,7 +266,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         super().__init__(img_size, in_chans, num_classes, embed_dim, key_dim, depth, **kwargs)
         self.img_size = to_2tuple(img_size)
         self.fixed_tradeoff = fixed_tradeoff
-        grids = self._grid_sizes()
+        grids = grid_sizes(self.img_size, [info['reduction'] for info in self.feature_info])
         self.stages: Any = nn.ModuleList([
             EvoLevitStage.build(stage, grids[max(i - 1, 0)], grids[i], fixed_tradeoff, representative_token)
             for i, stage in enumerate(self.stages)
@@ -264,21 +274,13 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim[0], **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grids[0][0] * grids[0][1], embed_dim[0], **dd))
+        num_stages = len(embed_dim)
         num_attentions = sum(len(stage.blocks) for stage in self.stages) + num_stages - 1
         self.tradeoff = nn.Parameter(torch.empty(num_attentions, **dd)) if tradeoff == 'learned' else None
         self.reset_parameters()
 
         self._init_evolution(keep_ratio, num_stages, selection, assisted_cls, layer_to_stage_epochs, dd['device'])
         self._reset_heads()
-
-    def _grid_sizes(self) -> List[Tuple[int, int]]:
-        """Size of the patch grid in each stage: stem and downsampling round up."""
-        grids = [tuple(-(-size // info['reduction']) for size in self.img_size) for info in self.feature_info]
-        if min(grids[0]) < 1 or (1, 1) in grids[:-1]:
-            raise ValueError(
-                f'img_size {self.img_size} gives grids of {grids} patches. A downsampling attention needs more than '
-                f'one patch: one side must be larger than {self.feature_info[-2:][0]["reduction"]} pixels.')
-        return grids
 
     def reset_parameters(self) -> None:
         """Initialize what is not in a submodule."""
@@ -308,22 +310,20 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         starts: List[int] = []
         ratios: List[float] = []
         tradeoff: List[float] = []
-        bounds: List[Tuple[int, int]] = []
+        bounds = [0]
         for i, stage in enumerate(self.stages):
-            first, num_blocks = len(tradeoff), len(stage.blocks)
-            dense = 2  # blocks 0 and 1 of the first stage see all patches
-            if i > 0:
-                dense = 0
-                starts.append(first)
+            if i > 0:  # never replaces the global class attention: its sum always remains
+                starts.append(len(tradeoff))
                 ratios.append(1.)
-                tradeoff.append(0.)  # never replaces the global class attention: its sum always remains
-            if num_blocks > dense:
-                starts.append(len(tradeoff) + dense)
+                tradeoff.append(0.)
+            first = len(tradeoff) + (2 if i == 0 else 0)  # blocks 0 and 1 of the first stage see all patches
+            tradeoff += [self.fixed_tradeoff] * len(stage.blocks)
+            if first < len(tradeoff):
+                starts.append(first)
                 ratios.append(self.keep_ratio[i])
-            tradeoff += [self.fixed_tradeoff] * num_blocks
-            bounds.append((first, len(tradeoff)))
+            bounds.append(len(tradeoff))
         schedule, layerwise = self._build_schedules(tradeoff, starts, ratios)
-        for stage, (first, end) in zip(self.stages, bounds):
+        for stage, first, end in zip(self.stages, bounds, bounds[1:]):
             stage.set_schedule(schedule.part(first, end), None if layerwise is None else layerwise.part(first, end))
 
     @torch.jit.unused
