@@ -406,6 +406,8 @@ def test_slices_of_the_blocks():
         dense = model.blocks[4:6]
         assert type(dense) is torch.nn.Sequential and dense(x).shape == x.shape
         assert model.blocks[-1] is list(model.blocks)[-1]
+    model.blocks[2].train()  # a slice leaves each block in its own mode
+    assert not model.blocks[:4].training and model.blocks[2].training
 
 
 def test_hooks_fire_as_in_timm():

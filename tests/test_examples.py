@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from programs import EXAMPLES, run, write_digits
 
-
 SMALL = ['patch_size=8', 'embed_dim=48', 'num_heads=3', 'depth=6']
 
 

@@ -8,6 +8,25 @@ from helpers import build, images
 from timm_evovit import evolve, informative_tokens
 from timm_evovit.evolution import as_fraction, num_kept
 
+# ratio in percent, and the numbers of patches n up to 4,096 where int(n * ratio) is one less than the exact product
+EXCEPTIONS = {
+    29: [100, 200, 400, 800, 1500, 1600, 1700, 2900, 3000, 3100, 3200, 3300, 3400, 3500],
+    35: [180, 340, 360, 660, 680, 700, 720, 1300, 1320, 1340, 1360, 1380, 1400, 1420, 1440, 1460, 2580, 2600, 2620,
+         2640, 2660, 2680, 2700, 2720, 2740, 2760, 2780, 2800, 2820, 2840, 2860, 2880, 2900, 2920],
+    41: [300, 600, 1200, 2400],
+    57: [100, 200, 300, 400, 600, 700, 800, 1200, 1300, 1400, 1500, 1600, 1700, 2400, 2500, 2600, 2700, 2800, 2900,
+         3000, 3100, 3200, 3300, 3400, 3500],
+    58: [50, 100, 200, 400, 750, 800, 850, 1450, 1500, 1550, 1600, 1650, 1700, 1750, 2850, 2900, 2950, 3000, 3050,
+         3100, 3150, 3200, 3250, 3300, 3350, 3400, 3450, 3500],
+    69: [300, 600, 700, 1100, 1200, 1300, 1400, 2200, 2300, 2400, 2500, 2600, 2700, 2800, 2900],
+    70: [90, 170, 180, 330, 340, 350, 360, 650, 660, 670, 680, 690, 700, 710, 720, 730, 1290, 1300, 1310, 1320,
+         1330, 1340, 1350, 1360, 1370, 1380, 1390, 1400, 1410, 1420, 1430, 1440, 1450, 1460, 2570, 2580, 2590,
+         2600, 2610, 2620, 2630, 2640, 2650, 2660, 2670, 2680, 2690, 2700, 2710, 2720, 2730, 2740, 2750, 2760,
+         2770, 2780, 2790, 2800, 2810, 2820, 2830, 2840, 2850, 2860, 2870, 2880, 2890, 2900, 2910, 2920],
+    82: [150, 300, 600, 1200, 2350, 2400, 2450],
+    94: [2150],
+}
+
 
 def test_number_of_kept_patches():
     """The exact product of n and the decimal, rounded down; where int(n * ratio) differs, a float made that too small."""
@@ -20,11 +39,9 @@ def test_number_of_kept_patches():
             if kept != max(1, int(n * ratio)):
                 assert kept == int(n * ratio) + 1 and n * percent % 100 == 0
                 exceptions.setdefault(percent, []).append(n)
-    assert exceptions[70][:3] == [90, 170, 180] and exceptions[29][:2] == [100, 200]
-    assert 50 not in exceptions and 25 not in exceptions and 75 not in exceptions
+    assert exceptions == EXCEPTIONS
     for n in (16, 36, 49, 144, 196, 576):  # grids of the paper: as before for every ratio of two decimals
         assert not any(n in numbers for numbers in exceptions.values())
-    assert sum(map(len, exceptions.values())) == 198  # of 405,504
 
 
 def test_ratios_as_they_were_written():

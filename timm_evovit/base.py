@@ -13,7 +13,8 @@ from .checkpoints import rename_authors
 from .evolution import Schedule, Selection
 
 NOT_MODEL_ARGS = (
-    'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_model_args', 'pretrained_strict', 'weight_init')
+    'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args',
+    'pretrained_strict', 'weight_init')
 
 
 def check(ok: bool, name: str, wanted: str, value: Any, error: Type[Exception] = ValueError) -> None:

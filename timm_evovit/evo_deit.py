@@ -96,13 +96,7 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
 
     @torch.jit.unused
     def _current_args(self) -> Dict[str, Any]:
-        args = dict(
-            img_size=self.patch_embed.img_size, patch_size=self.patch_embed.patch_size, in_chans=self.in_chans,
-            global_pool=self.global_pool)
-        fc_norm = not isinstance(self.fc_norm, nn.Identity)
-        if fc_norm != (self.global_pool in ('avg', 'avgmax', 'max')):
-            args['fc_norm'] = fc_norm  # reset_classifier changes the pooling and leaves the norm where it is
-        return args
+        return dict(super()._current_args(), patch_size=self.patch_embed.patch_size)
 
     @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:

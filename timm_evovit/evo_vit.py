@@ -122,6 +122,14 @@ class EvolvingVit(EvolvingModel):
         self.blocks.set_schedule(*self._build_schedules(self.blocks.tradeoff, self.stage_starts, self.keep_ratio))
 
     @torch.jit.unused
+    def _current_args(self) -> Dict[str, Any]:
+        args = dict(img_size=self.patch_embed.img_size, in_chans=self.in_chans, global_pool=self.global_pool)
+        fc_norm = not isinstance(self.fc_norm, nn.Identity)
+        if fc_norm != (self.global_pool in ('avg', 'avgmax', 'max')):
+            args['fc_norm'] = fc_norm  # reset_classifier changes the pooling and leaves the norm where it is
+        return args
+
+    @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         super().set_grad_checkpointing(enable)
         self.blocks.grad_checkpointing = enable
@@ -324,4 +332,7 @@ def evo_vit(
             _, base, base_args = load(name)
             kwargs = {**(base_args or {}), **kwargs}
         kwargs['pretrained_cfg'] = replace(cfg, architecture=base)
-    return evolve(timm.create_model(base, pretrained, **kwargs), **evolution_args)
+    model = evolve(timm.create_model(base, pretrained, **kwargs), **evolution_args)
+    if isinstance(model, EvolvingModel):  # and not in the wrapper of features_only
+        model._remember_args(**kwargs)
+    return model

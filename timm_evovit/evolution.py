@@ -255,7 +255,8 @@ class EvolvingSequential(nn.Sequential):
         layerwise = self.layerwise_schedule
         part.set_schedule(self.schedule.part(0, stop), None if layerwise is None else layerwise.part(0, stop))
         part.grad_checkpointing = self.grad_checkpointing
-        return part.train(self.training)
+        part.training = self.training  # and not that of the blocks, each of which has its own
+        return part
 
     def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
         """Tokens (B, N, C) to tokens (B, N, C), complete and in raster order. `state` is updated."""
