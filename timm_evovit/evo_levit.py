@@ -342,7 +342,13 @@ class EvoLevit(EvolvingModel, LevitDistilled):
 
     @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
-        return dict(super().group_matcher(coarse), stem=r'^(?:stem\.|cls_token|pos_embed|tradeoff)')
+        return dict(
+            stem=r'^(?:stem\.|cls_token|pos_embed|tradeoff)',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+            ],
+        )
 
     @torch.jit.unused
     def get_classifier(self) -> nn.ModuleList:
