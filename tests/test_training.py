@@ -337,3 +337,18 @@ def test_layer_decay(family):
     blocks = model.blocks if family == 'deit' else [b for s in model.stages for b in s.blocks]
     rates = [scale[id(next(b.parameters()))] for b in blocks]
     assert rates == sorted(rates) and len(set(rates)) == len(blocks)
+
+
+@both_families
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_a_checkpointed_model_is_recomputed_with_the_same_heads(family, reentrant):
+    """The whole model in one checkpoint: a second draw would give other gradients."""
+    model = build(family).double().train()
+    x = images(family, 8).double().requires_grad_()
+    found = []
+    for run in (model, lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)):
+        torch.manual_seed(3)
+        run(x).square().mean().backward()
+        found.append([p.grad for p in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(found[1], found[0])

@@ -1,4 +1,4 @@
-"""The authors' state dicts to timm's naming, and any that are taken to the shape of a model."""
+"""Checkpoint filters: the authors' key names to timm's, and weights to the readout and image size of a model."""
 import logging
 import math
 import re
@@ -94,10 +94,10 @@ def _weights(state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
 
 
 def _adapt_readout(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Norm and head of weights that classify the other thing, the class token (DeiT) or the averaged patches (paper).
+    """Map norm and head between class token readout (DeiT) and averaged-patch readout (paper).
 
-    DeiT's norm and head are where both branches of a model that averages patches start from. The other way round the
-    assisted class token branch of the paper's weights is the readout.
+    With DeiT's weights both branches of a model that averages patches start from DeiT's norm and head. With the paper's
+    weights a model with class token readout gets the assisted class token branch.
     """
     own = model.state_dict()
     if 'norm.weight' in state_dict and 'norm.weight' not in own and 'fc_norm.weight' in own:

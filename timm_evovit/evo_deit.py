@@ -146,7 +146,7 @@ def _create_evo_deit(
 ) -> EvoVisionTransformer:
     cfg = resolve_weights(
         variant, pretrained, pretrained_cfg, pretrained_cfg_overlay,
-        f'{variant}.fb_in1k: DeiT, faster, without training')
+        f'{variant}.fb_in1k, which is DeiT made faster without training')
     deit = default_cfgs[variant].cfgs.get('fb_in1k')
     if pretrained and (cfg.hf_hub_id or '').partition('@')[0] in _deit_weights and not (cfg.file or cfg.state_dict):
         kwargs.setdefault('global_pool', 'token')  # what DeiT's norm and head were trained for

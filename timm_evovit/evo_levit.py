@@ -487,7 +487,7 @@ def _create_evo_levit(
     model_args = dict(model_cfgs[size], **({'drop_path_rate': 0.1} if size == 'levit_384' else {}))
     cfg = resolve_weights(
         variant, pretrained, pretrained_cfg, pretrained_cfg_overlay,
-        'which no Evo-LeViT has but Evo-DeiT has: evo_deit_small_patch16_224.fb_in1k, for one')
+        'there are none for Evo-LeViT, but for Evo-DeiT, such as evo_deit_small_patch16_224.fb_in1k')
     out_indices = kwargs.pop('out_indices', (0, 1, 2))
     kwargs = {**model_args, **kwargs}
     return build_model(EvoLevit, variant, pretrained, cfg, checkpoint_filter_fn, out_indices, **kwargs)

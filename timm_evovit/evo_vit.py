@@ -72,7 +72,7 @@ def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
 class EvolvingVit(EvolvingModel):
     """Slow-fast token evolution of a VisionTransformer, to be inherited from before it.
 
-    The complete patch grid is there, in raster order, wherever anything outside the blocks looks.
+    Everything outside the blocks sees the complete patch grid in raster order.
     """
 
     def _evolve_blocks(

@@ -29,7 +29,7 @@ PUBLISHED = {  # the authors' checkpoints: ImageNet-1k top-1 in the paper, file 
 
 
 def evo_cfg(**kwargs: Any) -> Dict[str, Any]:
-    """What all configurations have in common."""
+    """Configuration with the defaults of the paper."""
     return {
         'url': '',
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
@@ -43,10 +43,9 @@ def evo_cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 def published_cfg(name: str) -> Dict[str, Any]:
-    """What a tag `evovit_in1k` says of the paper's weights of a model.
+    """Configuration of the paper's weights, tag `evovit_in1k`.
 
-    They are on the Hub only where somebody has put them, so it is the user who names the organisation: a name written
-    down here that nobody owns could be claimed by anyone.
+    There is no default organisation: anyone could register an unclaimed name.
     """
     top1, _ = PUBLISHED[name]
     org = os.environ.get(HUB_VARIABLE, '').strip('/')
@@ -67,17 +66,17 @@ def resolve_weights(
     """The configuration that a model is built with and its weights are loaded by.
 
     Raises:
-        RuntimeError: The paper's weights are asked for and nobody has said where they are. It names `fallback_hint`.
+        RuntimeError: No weights are configured. The message names those of `fallback_hint`.
     """
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     if cfg.url and cfg.source is None:
         cfg = replace(cfg, hf_hub_id=None)  # no tag has a url, so this one was handed over; timm would prefer the Hub
     if pretrained and cfg.tag == 'evovit_in1k' and not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(
-            f"Nobody has said where the weights {variant}.evovit_in1k are. Three ways: set {HUB_VARIABLE}, before timm "
-            f"is imported, to an organisation of the Hugging Face Hub that holds them; or convert the authors' file, "
-            f"`timm-evovit convert {variant} --output DIR`, and create the model as 'local-dir:DIR'; or use weights "
-            f"that are on the Hub, {fallback_hint}.")
+            f"No weights are configured for {variant}.evovit_in1k. Either set {HUB_VARIABLE}, before timm is imported, "
+            f"to an organisation of the Hugging Face Hub that holds them; or convert the authors' file, `timm-evovit "
+            f"convert {variant} --output DIR`, and create the model as 'local-dir:DIR'; or use weights that are on the "
+            f"Hub: {fallback_hint}.")
     return cfg
 
 
