@@ -136,8 +136,9 @@ def levit_names(model):
         key = re.sub(r'^stem\.conv(\d)', lambda m: f'patch_embed.{2 * int(m[1]) - 2}', key)
         key = key.replace('linear.', 'l.' if key.startswith('head') else 'c.').replace('pos_embed', 'poss')
         out[key] = value
-    out.update({f'stage_{k}': v for k, v in out.items() if k.startswith('blocks.0.')})
-    return out
+    copies = {f'stage_{k}': v for k, v in out.items() if k.startswith('blocks.0.')}
+    copies.update({f'stage_blocks.4.m.0.{k[12:]}': v for k, v in out.items() if k.startswith('blocks.1.m1.')})
+    return {**out, **copies}
 
 
 def authors_names(model):

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 import timm
 import torch
+from helpers import assert_same_weights, authors_names
 from hub_server import Server
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
@@ -39,52 +40,6 @@ def build(name, **kwargs):
     return model
 
 
-def authors_deit(model):
-    """State dict under the names of the authors' Evo-DeiT."""
-    out = {}
-    for key, value in model.state_dict().items():
-        key = re.sub(r'^fc_norm\.', 'norm.', key)
-        key = re.sub(r'^blocks\.(\d+)\.norm1\.', r'norms.\1.', key)
-        key = re.sub(r'^blocks\.(\d+)\.attn\.proj\.', r'projs.\1.', key)
-        if match := re.match(r'blocks\.(\d+)\.attn\.qkv\.(.+)', key):
-            query, key, v = value.chunk(3)
-            out['qks.{}.qk.{}'.format(*match.groups())] = torch.cat([query, key])
-            out['vs.{}.v.{}'.format(*match.groups())] = v
-        else:
-            out[key] = value
-    return out
-
-
-def authors_levit(model):
-    """State dict under the names of the authors' Evo-LeViT, which lists blocks twice."""
-    names, flat = {}, 0
-    for i, stage in enumerate(model.stages):
-        if i:
-            names[f'stages.{i}.downsample.attn_downsample.'] = f'blocks.{flat}.'
-            names[f'stages.{i}.downsample.mlp.'] = f'blocks.{flat + 1}.m.'
-            flat += 2
-        for b in range(len(stage.blocks)):
-            names[f'stages.{i}.blocks.{b}.attn.'] = f'blocks.{flat}.m1.m.'
-            names[f'stages.{i}.blocks.{b}.mlp.'] = f'blocks.{flat}.m2.m.'
-            flat += 1
-    out = {}
-    for key, value in model.state_dict().items():
-        if key == 'tradeoff':
-            attentions = [theirs for own, theirs in names.items() if 'attn' in own]
-            out.update((name + 'learn_tradeoff', v[None]) for name, v in zip(attentions, value, strict=True))
-            continue
-        for own, theirs in names.items():
-            if key.startswith(own):
-                key = theirs + key[len(own):].replace('ln1', '0').replace('ln2', '2')
-                key = key.replace('proj.ln', 'proj.1').replace('q.ln', 'q.1')
-        key = re.sub(r'^stem\.conv(\d)', lambda m: f'patch_embed.{2 * int(m[1]) - 2}', key)
-        key = key.replace('linear.', 'l.' if key.startswith('head') else 'c.').replace('pos_embed', 'poss')
-        out[key] = value
-    copies = {f'stage_{k}': v for k, v in out.items() if k.startswith('blocks.0.')}
-    copies.update({f'stage_blocks.4.m.0.{k[12:]}': v for k, v in out.items() if k.startswith('blocks.1.m1.')})
-    return {**out, **copies}
-
-
 def authors_checkpoint(weights, ema=None):
     """What the authors' training loop saves."""
     return {
@@ -102,7 +57,7 @@ def authors_checkpoint(weights, ema=None):
 def deit(tmp_path):
     """A model, and the authors' file of its weights, whose moving average is twice as large."""
     model = build('evo_deit_tiny', **TINY)
-    weights = authors_deit(model)
+    weights = authors_names(model)
     torch.save(authors_checkpoint(weights, {k: 2 * v for k, v in weights.items()}), tmp_path / 'authors.pth')
     return model, tmp_path / 'authors.pth'
 
@@ -110,7 +65,7 @@ def deit(tmp_path):
 @pytest.fixture
 def levit(tmp_path):
     model = build('evo_levit_128s', **TINY_LEVIT)
-    torch.save(authors_checkpoint(authors_levit(model)), tmp_path / 'levit.pth')
+    torch.save(authors_checkpoint(authors_names(model)), tmp_path / 'levit.pth')
     return model, tmp_path / 'levit.pth'
 
 
@@ -126,12 +81,6 @@ def run(tmp_path, capsys):
             assert 'timm-evovit: ' in err and 'Traceback' not in err
         return status, out + err
     return run
-
-
-def assert_same_weights(model, other):
-    assert model.state_dict().keys() == other.state_dict().keys()
-    for key, value in model.state_dict().items():
-        assert torch.equal(other.state_dict()[key], value), key
 
 
 def load(folder):
@@ -201,7 +150,7 @@ def test_arguments_of_the_model(deit, levit, run, tmp_path):
 def test_the_published_sizes(run, tmp_path):
     """No arguments but the name; the top-1 of the paper is in the configuration and the card."""
     model = timm.create_model('evo_deit_tiny')
-    torch.save(authors_checkpoint(authors_deit(model)), tmp_path / 'a.pth')
+    torch.save(authors_checkpoint(authors_names(model)), tmp_path / 'a.pth')
     assert run('evo_deit_tiny', tmp_path / 'a.pth', kwargs={})[0] == 0
     loaded = load(tmp_path / 'out')
     assert_same_weights(model, loaded)
@@ -309,7 +258,7 @@ def test_other_mistakes(deit, run, tmp_path):
     for missing in ('nothing.pth', '.'):
         assert run('evo_deit_tiny', tmp_path / missing)[0] == 1
     assert 'bad name' in run('evo_deit_tiny', deit[1], '--push-to-hub', 'bad name')[1]
-    torch.save({'model': authors_deit(deit[0])}, tmp_path / 'plain.pth')
+    torch.save({'model': authors_names(deit[0])}, tmp_path / 'plain.pth')
     assert 'under model_ema or state_dict_ema' in run('evo_deit_tiny', tmp_path / 'plain.pth', '--use-ema')[1]
 
 

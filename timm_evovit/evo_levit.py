@@ -239,12 +239,8 @@ class EvoLevit(EvolvingModel, LevitDistilled):
     ) -> None:
         """
         Args:
-            img_size: Input image size; forward takes no other.
-            in_chans: Number of image input channels.
-            num_classes: Number of classes for classification heads.
-            embed_dim: Width of each stage.
-            key_dim: Width of queries and keys in each head.
-            depth: Number of blocks in each stage.
+            img_size, in_chans, num_classes, embed_dim, key_dim, depth: As in timm's Levit, but forward takes images of
+                this size only.
             keep_ratio: Ratio of informative patches in (0, 1], one for all stages or one per stage. Blocks 0 and 1
                 of the first stage always see all patches.
             tradeoff: Weight in [0, 1] of each attention's class attention in the global class attention, or 'learned',
@@ -274,18 +270,15 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim[0], **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grids[0][0] * grids[0][1], embed_dim[0], **dd))
-        num_stages = len(embed_dim)
-        num_attentions = sum(len(stage.blocks) for stage in self.stages) + num_stages - 1
+        num_attentions = sum(len(stage.blocks) + 1 for stage in self.stages) - 1
         self.tradeoff = nn.Parameter(torch.empty(num_attentions, **dd)) if tradeoff == 'learned' else None
         self.reset_parameters()
 
-        self._init_evolution(keep_ratio, num_stages, selection, assisted_cls, layer_to_stage_epochs, dd['device'])
+        self._init_evolution(keep_ratio, len(self.stages), selection, assisted_cls, layer_to_stage_epochs, dd['device'])
         self._reset_heads()
 
     def reset_parameters(self) -> None:
         """Initialize what is not in a submodule."""
-        if not hasattr(self, 'cls_token'):
-            return  # timm's constructor calls this too
         nn.init.zeros_(self.cls_token)
         trunc_normal_(self.pos_embed, std=.02)
         if self.tradeoff is not None:
@@ -361,13 +354,11 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         self._reset_heads()
 
     def _reset_heads(self) -> None:
-        """Two heads for the averaged patches, and two for the class token where it has something to assist."""
+        """Two heads for the averaged patches, and two for the class token where it assists."""
         assisted = self.assisted_cls and self.num_classes > 0 and self.global_pool == 'avg'
         for name in ('head', 'head_dist', 'head_cls', 'head_cls_dist'):
-            head: Optional[nn.Module] = None
-            if name in ('head', 'head_dist') and self.num_classes == 0:
-                head = nn.Identity()
-            elif name in ('head', 'head_dist') or assisted:
+            head: Optional[nn.Module] = None if name.startswith('head_cls') else nn.Identity()
+            if assisted or (head is not None and self.num_classes > 0):
                 head = NormLinear(
                     self.num_features, self.num_classes, drop=self.drop_rate, device=self.cls_token.device,
                     dtype=self.cls_token.dtype).train(self.training)
@@ -380,8 +371,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
             prune_head: bool = True,
     ) -> List[int]:
         max_index = feature_take_indices(len(self.stages), indices)[1]
-        # heads are sized for the last stage, they go with it
-        prune_head = prune_head or max_index < len(self.stages) - 1
+        prune_head = prune_head or max_index < len(self.stages) - 1  # heads are sized for the last stage
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         self.keep_ratio = self.keep_ratio[:len(self.stages)]
@@ -454,9 +444,8 @@ class EvoLevit(EvolvingModel, LevitDistilled):
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> Union[torch.Tensor, Tuple[Any, Any]]:
         """Tokens (B, 1 + n, C) to logits (B, num_classes), the mean of two heads.
 
-        In training mode with an assisted class token, a random half of the samples is answered by the averaged-patch
-        heads and the rest by the class token heads, see `timm_evovit.training`. With `set_distilled_training(True)`
-        (logits, logits for distillation) take the place of the mean.
+        With an assisted class token, training answers a random half of the samples by the class token heads. With
+        `set_distilled_training(True)` it returns (logits, logits for distillation) in place of the mean.
         """
         features = x[:, 1:].mean(dim=1) if self.global_pool == 'avg' else x
         if pre_logits:

@@ -99,10 +99,10 @@ class EvolvingVit(EvolvingModel):
         if tradeoff is None:
             first = self.stage_starts[0] if self.stage_starts else depth
             tradeoff = (1.,) * first + (0.5,) * (depth - first)
-        self.fixed_tradeoff = check_ratios('tradeoff', tradeoff, depth, 'block', zero=True)
+        weights = check_ratios('tradeoff', tradeoff, depth, 'block', zero=True)
         self.blocks: Any = EvolvingSequential(
             *self.blocks,
-            tradeoff=self.fixed_tradeoff[:len(self.blocks)],
+            tradeoff=weights[:len(self.blocks)],
             num_prefix_tokens=self.num_prefix_tokens,
             representative_token=check_flag('representative_token', representative_token),
         )
@@ -114,7 +114,6 @@ class EvolvingVit(EvolvingModel):
         depth = len(self.blocks)
         self.stage_starts = tuple(s for s in self.stage_starts if s < depth)
         self.keep_ratio = self.keep_ratio[:len(self.stage_starts)]
-        self.fixed_tradeoff = self.fixed_tradeoff[:depth]
         self._set_schedule()
 
     @torch.jit.unused
@@ -269,8 +268,7 @@ def evolve(
         model: Built VisionTransformer or VisionTransformerDistilled with a class token, or either in the wrapper that
             `features_only=True` makes.
         keep_ratio, stages, tradeoff, selection, layer_to_stage_epochs: As in `EvoVisionTransformer`.
-        representative_token: Update placeholders by a representative token, or leave them until the stage ends. Better
-            without training, and so the default here.
+        representative_token: Update placeholders by a representative token, or leave them until the stage ends.
 
     Raises:
         TypeError: The model, its blocks or its attention are of a kind that cannot evolve, or an argument is of the
