@@ -227,8 +227,9 @@ def plot(comparisons: List[Dict[str, Any]], path: Path) -> None:
 
     if not comparisons:
         raise SystemExit('no run has begun, there is nothing to plot')
+    columns = 3 if any(comparison['variants'] for comparison in comparisons) else 1  # speed is that of finished runs
     figure, axes = plt.subplots(
-        len(comparisons), 3, figsize=(13, 4.2 * len(comparisons)), squeeze=False, layout='constrained')
+        len(comparisons), columns, figsize=(4.3 * columns, 4.2 * len(comparisons)), squeeze=False, layout='constrained')
     for row, comparison in zip(axes, comparisons):
         for i, (variant, v) in enumerate(comparison['variants'].items()):
             style = dict(color=f'C{i}', label=variant)

@@ -214,10 +214,9 @@ def grid_sizes(img_size: Tuple[int, int], reductions: List[int]) -> List[Any]:
 class EvoLevit(EvolvingModel, LevitDistilled):
     """LeViT with slow-fast token evolution.
 
-    A class token and position embeddings take the place of attention biases. Class attention tells informative patches
-    from placeholders. Informative patches go through the blocks, placeholders are updated by one representative token;
-    at the end of every stage the patch grid is complete. Two heads classify the averaged patches, the second is meant
-    for distillation, and inference takes the mean of their logits.
+    A class token and position embeddings take the place of attention biases. Class attention selects the patches that
+    go through the blocks; one representative token updates the others. At the end of every stage the patch grid is
+    complete. Two heads classify the averaged patches, the second for distillation; inference takes their mean.
     """
 
     def __init__(
