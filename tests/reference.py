@@ -3,6 +3,7 @@
 Weights are read from the model; everything else is done here, after the paper and the authors' choices.
 """
 import math
+from fractions import Fraction
 from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
@@ -13,7 +14,7 @@ Weights = Dict[str, torch.Tensor]
 
 class Result(NamedTuple):
     tokens: torch.Tensor  # (N, C), class token and registers first
-    kept: Dict[int, List[int]]  # block -> raster indices of the informative patches, ascending
+    kept: Dict[int, List[int]]  # block -> raster indices of the informative patches, ascending; or groups
     after: List[torch.Tensor]  # (N, C) after each block, complete
 
 
@@ -40,8 +41,11 @@ def block(w: Weights, i: int, x: torch.Tensor, heads: int) -> Tuple[torch.Tensor
     return x, sum(rows) / heads
 
 
+Block = Callable[[int, torch.Tensor, List[List[int]]], Tuple[torch.Tensor, torch.Tensor]]
+
+
 def evolve(
-        block: Callable[[int, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]],
+        block: Block,
         x: torch.Tensor,
         depth: int,
         num_prefix: int,
@@ -53,7 +57,8 @@ def evolve(
 ) -> Result:
     """Tokens (N, C) of one image through all blocks, with every attention row tracked whether or not it is read.
 
-    `block(i, tokens)` runs block i and returns class attention over all tokens as well.
+    `block(i, tokens, members)` runs block i and returns class attention over all tokens as well. `members` has the
+    patches that each token behind the prefix stands for, none for the representative token.
     """
     N = len(x)
     n = N - num_prefix
@@ -93,7 +98,7 @@ def evolve(
                     token = token_before = sum(g[j] / total * value for j, value in waiting.items())
                 x = torch.stack(list(x[:num_prefix]) + [x[num_prefix + j] for j in kept])
         sequence = x if token is None else torch.cat([x, token[None]])
-        sequence, row = block(i, sequence)
+        sequence, row = block(i, sequence, [[j] for j in kept] + ([] if token is None else [[]]))
         if token is not None:
             token = sequence[-1]
             sequence = sequence[:-1]
@@ -107,6 +112,71 @@ def evolve(
                 g[j] = (1 - tradeoff[i]) * g[j] + tradeoff[i] * row[position]
         after.append(complete(x, token, token_before))
     return Result(after[-1], kept_by_block, after)
+
+
+def match(tokens: List[torch.Tensor], count: int) -> List[List[int]]:
+    """One round of bipartite matching; the positions in each group, in the order of their odd or single token."""
+    units = [t / t.norm() for t in tokens]
+    evens, odds = range(0, len(tokens), 2), range(1, len(tokens), 2)
+    partner, likeness = {}, {}
+    for a in evens:
+        for b in odds:
+            cosine = (units[a] @ units[b]).item()
+            if a not in partner or cosine > likeness[a]:
+                partner[a], likeness[a] = b, cosine
+    joined = sorted(partner, key=lambda a: -likeness[a])[:len(tokens) - count]  # the earlier of equal ones first
+    groups = {i: [i] for i in range(len(tokens)) if i not in joined}
+    for a in joined:
+        groups[partner[a]].append(a)
+    return [groups[i] for i in sorted(groups)]
+
+
+def evolve_by_similarity(
+        block: Block,
+        x: torch.Tensor,
+        depth: int,
+        num_prefix: int,
+        stages: Sequence[int],
+        keep_ratio: Sequence[float],
+) -> Result:
+    """As `evolve`, with slow tokens that like patches share. `kept` has the number of each patch's group."""
+    n = len(x) - num_prefix
+    prefix, tokens, members = x[:num_prefix], list(x[num_prefix:]), [[j] for j in range(n)]
+    levels: List[Tuple[List[torch.Tensor], List[List[int]], List[torch.Tensor]]] = []
+    groups_by_block: Dict[int, List[int]] = {}
+    after = []
+    ratio = 1.
+
+    def undo(tokens: List[torch.Tensor]) -> List[torch.Tensor]:
+        for before, groups, means in reversed(levels):
+            whole = list(before)
+            for group, mean, token in zip(groups, means, tokens):
+                for position in group:
+                    whole[position] = before[position] + token - mean
+            tokens = whole
+        return tokens
+
+    for i in range(depth):
+        if i in stages and keep_ratio[list(stages).index(i)] != ratio:
+            last, ratio = ratio, keep_ratio[list(stages).index(i)]
+            if ratio > last:
+                tokens, members, levels = undo(tokens), [[j] for j in range(n)], []
+            count = max(1, math.floor(n * Fraction(str(ratio))))
+            while len(tokens) > count:
+                groups = match(tokens, max(count, len(tokens) // 2))
+                sizes = [[len(members[position]) for position in group] for group in groups]
+                means = [
+                    sum(size * tokens[position] for size, position in zip(s, group)) / sum(s)
+                    for s, group in zip(sizes, groups)]
+                members = [sum((members[position] for position in group), []) for group in groups]
+                levels.append((tokens, groups, means))
+                tokens = means
+            if ratio < 1:
+                groups_by_block[i] = [next(g for g, own in enumerate(members) if j in own) for j in range(n)]
+        sequence, _ = block(i, torch.cat([prefix, torch.stack(tokens)]), members)
+        prefix, tokens = sequence[:num_prefix], list(sequence[num_prefix:])
+        after.append(torch.cat([prefix, torch.stack(undo(tokens))]))
+    return Result(after[-1], groups_by_block, after)
 
 
 def logits(w: Weights, tokens: torch.Tensor, num_prefix: int) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +202,7 @@ def image_logits(model: torch.nn.Module, image: torch.Tensor, heads: int) -> Tup
             tokens.append((weight * patch).sum(dim=(1, 2, 3)) + bias)
     x = torch.stack(tokens) + w['pos_embed'][0]
     result = evolve(
-        lambda i, y: block(w, i, y, heads), x, len(model.blocks), num_prefix, model.stage_starts, model.keep_ratio,
+        lambda i, y, members: block(w, i, y, heads), x, len(model.blocks), num_prefix, model.stage_starts, model.keep_ratio,
         model.blocks.tradeoff, model.selection == 'layer', model.blocks.representative_token)
     return (*logits(w, result.tokens, num_prefix), result)
 

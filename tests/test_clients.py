@@ -87,7 +87,7 @@ def unfused():
 def test_attention_extract(method, unfused):
     """The map of the block before a selection holds the attention that the selection goes by."""
     dense = build('vit_base_patch16_224', depth=6)
-    model = evolve(dense)
+    model = evolve(dense, 0.5, slow_tokens='attention')
     x = images_for(model)
     first, second = informative_tokens(model, x)
     maps, dense_maps = [list(AttentionExtract(m, method=method)(x).values()) for m in (model, dense)]

@@ -311,13 +311,13 @@ def test_gradients_of_training_match_finite_differences(representative_token):
 def test_grad_checkpointing_changes_nothing(monkeypatch, kwargs):
     gradients = []
     for enable, reentrant in ((False, False), (True, False), (True, True)):
-        model, runs = build(**kwargs).train(), []
+        model, runs = build(**kwargs).double().train(), []
         model.set_grad_checkpointing(enable)
         monkeypatch.setattr('timm.layers.config._USE_REENTRANT_CKPT', reentrant)
         for block in model.blocks:
             block.register_forward_pre_hook(lambda block, args, runs=runs: runs.append(block))
         torch.manual_seed(0)  # the same heads
-        model(images()).square().sum().backward()
+        model(images().double()).square().sum().backward()
         assert [runs.count(block) for block in model.blocks] == [1 + enable] * 12  # again in the backward pass
         gradients.append([p.grad for p in model.parameters()])
     for checkpointed in gradients[1:]:
@@ -400,7 +400,7 @@ def test_pruning_keeps_the_evolution(last):
 
 def test_slices_of_the_blocks():
     model = build()
-    x = model._embed(images())
+    x, _ = model._embed(images())
     with torch.no_grad():
         torch.testing.assert_close(model.blocks[:12](x), model.blocks(x))
         dense = model.blocks[4:6]
@@ -586,8 +586,8 @@ def test_informative_tokens_leaves_nothing_behind():
     (dict(selection='token'), ValueError, "'stage' or 'layer', got 'token'"),
     (dict(class_token=False), ValueError, 'class_token must be True'),
     (dict(representative_token='false'), TypeError, "representative_token must be True or False, got 'false'"),
-    (dict(block_fn=torch.nn.Identity), TypeError, 'EvoBlock'),
-    (dict(attn_layer='diff'), TypeError, 'diff'),
+    (dict(block_fn=torch.nn.Identity), TypeError, 'got Identity'),
+    (dict(attn_layer='diff'), TypeError, 'got DiffAttention'),
     (dict(not_an_argument=1), TypeError, 'not_an_argument'),
 ])
 def test_bad_arguments(kwargs, error, message):

@@ -326,14 +326,14 @@ def test_tradeoff_learns_where_it_decides():
 def test_grad_checkpointing_changes_nothing(monkeypatch, kwargs):
     gradients = []
     for enable, reentrant in ((False, False), (True, False), (True, True)):
-        model, runs = build(**kwargs).train(), []
+        model, runs = build(**kwargs).double().train(), []
         model.set_grad_checkpointing(enable)
         monkeypatch.setattr('timm.layers.config._USE_REENTRANT_CKPT', reentrant)
         blocks = [block for stage in model.stages for block in stage.blocks]
         for block in blocks:
             block.register_forward_pre_hook(lambda block, args, runs=runs: runs.append(block))
         torch.manual_seed(0)  # the same heads
-        model(images(3)).square().sum().backward()
+        model(images(3).double()).square().sum().backward()
         assert [runs.count(block) for block in blocks] == [1 + enable] * len(blocks)  # again in the backward pass
         gradients.append([p.grad for p in model.parameters()])
     for checkpointed in gradients[1:]:

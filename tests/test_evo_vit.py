@@ -1,6 +1,8 @@
 """Any ViT of timm that evolves, against its own dense blocks run by a plain reference."""
 import copy
+import functools
 import math
+import re
 
 import helpers
 import pytest
@@ -10,11 +12,12 @@ import torch
 from helpers import TINY, assert_same_weights, images, images_for, informative_indices
 from safetensors.torch import load_file
 from timm.models._features import FeatureGetterNet
-from timm.models.vision_transformer import Attention, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Attention, ParallelScalingBlock, VisionTransformer
 
 from timm_evovit import evolve, informative_tokens
 
 SMALL = dict(TINY, depth=6)
+NO_CLASS_TOKEN = dict(class_token=False, global_pool='avg')
 MODELS = [
     ('deit_small_patch16_224', {}),
     ('deit_tiny_distilled_patch16_224', {}),
@@ -25,51 +28,137 @@ MODELS = [
     ('vit_small_patch14_reg4_dinov2', dict(init_values=0.5, mlp_ratio=2)),
     ('vit_tiny_r_s16_p8_224', dict(img_size=64, patch_size=1)),
     ('vit_base_patch16_224', dict(global_pool='map', scale_attn_norm=True, scale_mlp_norm=True, reg_tokens=2)),
+    ('vit_base_patch16_siglip_224', {}),
+    ('vit_base_patch16_224', dict(NO_CLASS_TOKEN, reg_tokens=2)),
+    ('vit_base_patch16_rpn_224', {}),
+    ('gated', {}),
+    # EvaAttention: fused projections and absolute positions; separate ones, rotary embedding, SwiGLU
+    ('eva_large_patch14_196', {}),
+    ('eva02_tiny_patch14_224', {}),
+    ('eva02_base_patch14_224', dict(scale_attn_inner=True, img_size=(24, 40))),
+    ('eva02_enormous_patch14_clip_224', {}),  # EvaBlockPostNorm
+    ('vit_small_plus_patch16_dinov3', dict(init_values=0.5, dynamic_img_size=True)),  # halves are rotated; register tokens
+    ('vit_base_patch16_rope_reg1_gap_256', {}),  # no class token
+    # AttentionRope: attention pooling; an embedding for each block; fewer heads of keys and values, norm of queries
+    ('vit_pe_core_tiny_patch16_384', {}),
+    ('vit_base_patch16_rope_mixed_224', {}),
+    ('vit_5b_patch16_sapiens2', dict(num_heads=4, embed_dim=32, num_kv_heads=2, init_values=0.5)),
+    ('gated rope', {}),
 ]
+by_model = pytest.mark.parametrize('name, config', MODELS, ids=[f'{i}-{name}' for i, (name, _) in enumerate(MODELS)])
+by_attention = functools.partial(evolve, slow_tokens='attention')
 
 
 def build(name='vit_base_patch16_224', seed=0, **kwargs):
     """A small dense model in float64."""
-    return helpers.build(name, seed, **{'depth': 6, **kwargs}).double()
+    gated = name.startswith('gated')
+    name = {'gated': 'vit_base_patch16_224', 'gated rope': 'vit_base_patch16_rope_224'}.get(name, name)
+    kwargs = {'depth': 6, **kwargs}
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **helpers.tiny(name, **kwargs))
+    for block in model.blocks if gated else ():
+        block.attn.gate = torch.nn.Linear(24, 24)
+    return helpers.randomize(model).eval().double()
 
 
 def written_out(dense, evolved, x):
-    """Tokens (B, N, C) and informative patches of every image, by the dense model's own blocks."""
-    def block(i, y):
-        attn = dense.blocks[i].attn
-        q, k, _ = attn.qkv(dense.blocks[i].norm1(y)).view(len(y), 3, attn.num_heads, -1).unbind(1)
+    """Tokens (B, N, C) and informative patches or groups of every image, by the dense model's own blocks.
+
+    Rotary embeddings and the logarithm of sizes are handed to timm's own blocks.
+    """
+    P = dense.num_prefix_tokens
+    rope = None
+    if getattr(dense, 'rope', None) is not None:
+        shape = dense.patch_embed.dynamic_feat_size(x.shape[-2:])
+        if dense.rope_mixed:
+            rope = dense.rope.get_embed(shape=shape)
+        else:
+            rope = dense.rope.get_embed(shape=shape)[None, None].expand(len(dense.blocks), -1, -1, -1)
+
+    def block(i, y, members):
+        kwargs = {}
+        if rope is not None:
+            identity = torch.cat([torch.zeros_like(rope[i][:, 0]), torch.ones_like(rope[i][:, 0])], dim=1)[:, ::2]
+            kwargs['rope'] = torch.stack(
+                [sum(rope[i][:, j] for j in own) / len(own) if own else identity for own in members], dim=1)
+        sizes = [1] * P + [max(len(own), 1) for own in members]
+        mask = torch.tensor(sizes, dtype=y.dtype).log()[None, None, None]
+        row = None
+        if dense.cls_token is not None:
+            row = class_attention(dense.blocks[i], y, kwargs.get('rope'))
+        return dense.blocks[i](y[None], attn_mask=mask, **kwargs)[0], row
+
+    def class_attention(block, y, rope):
+        attn = block.attn
+        rows = []
+        y = block.norm1(y) if type(block).__name__ in ('Block', 'EvaBlock') else y
+        bias = 0.
+        if getattr(attn, 'q_bias', None) is not None:
+            bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+        if attn.qkv is not None:
+            q, k, _ = (attn.qkv(y) + bias).view(len(y), 3, attn.num_heads, -1).unbind(1)
+        else:
+            q, k = attn.q_proj(y).view(len(y), attn.num_heads, -1), attn.k_proj(y).view(len(y), -1, attn.head_dim)
         q, k = attn.q_norm(q), attn.k_norm(k)
-        rows = [torch.softmax(q[0, h] @ k[:, h].T / math.sqrt(attn.head_dim), dim=0) for h in range(attn.num_heads)]
-        return dense.blocks[i](y[None])[0], sum(rows) / len(rows)
+        for h in range(attn.num_heads):
+            keys = k[:, h * k.shape[1] // attn.num_heads]
+            if rope is not None:
+                sin, cos = rope[h % len(rope)].chunk(2, dim=1)
+                keys = torch.cat([keys[:P], torch.stack([
+                    rotated(key, s, c, attn.rotate_half) for key, s, c in zip(keys[P:], sin, cos)])])
+            rows.append(torch.softmax(keys @ q[0, h] / math.sqrt(attn.head_dim), dim=0))
+        return sum(rows) / len(rows)
+
+    def rotated(key, sin, cos, half):
+        d = len(key)
+        out = torch.empty_like(key)
+        for a in range(d // 2):
+            i, j = (a, a + d // 2) if half else (2 * a, 2 * a + 1)
+            out[i], out[j] = cos[i] * key[i] - sin[i] * key[j], cos[j] * key[j] + sin[j] * key[i]
+        return out
 
     before = []
     hook = dense.blocks[0].register_forward_pre_hook(lambda module, args: before.append(args[0]))
     dense(x)
     hook.remove()
+    args = len(dense.blocks), P, evolved.stage_starts, evolved.keep_ratio
+    if evolved.slow_tokens == 'similarity':
+        return [reference.evolve_by_similarity(block, y, *args) for y in before[0]]
     return [
         reference.evolve(
-            block, y, len(dense.blocks), dense.num_prefix_tokens, evolved.stage_starts, evolved.keep_ratio,
-            evolved.blocks.tradeoff, evolved.selection == 'layer', evolved.blocks.representative_token)
+            block, y, *args, evolved.blocks.tradeoff, evolved.selection == 'layer', evolved.blocks.representative_token)
         for y in before[0]
     ]
 
 
 @pytest.mark.parametrize('kwargs', [
-    {}, dict(representative_token=False, keep_ratio=0.3),
-    dict(selection='layer', stages=(1, 3), keep_ratio=(0.7, 0.4), tradeoff=0.25),
-], ids=['default', 'no representative token', 'layer-wise'])
-@pytest.mark.parametrize('name, config', MODELS, ids=[f'{i}-{name}' for i, (name, _) in enumerate(MODELS)])
+    dict(keep_ratio=(0.8, 0.4), stages=(1, 3)),
+    dict(keep_ratio=(0.6, 0.2, 0.5), stages=(1, 2, 4)),  # two rounds of matching; from the complete grid again
+    dict(slow_tokens='attention'), dict(slow_tokens='attention', representative_token=False, keep_ratio=0.3),
+    dict(slow_tokens='attention', selection='layer', stages=(1, 3), keep_ratio=(0.7, 0.4), tradeoff=0.25),
+], ids=['default', 'up and down', 'attention', 'no representative token', 'layer-wise'])
+@by_model
 @torch.no_grad()
 def test_evolves_the_blocks_it_is_given(name, config, kwargs):
     dense = build(name, **config)
     x = images_for(dense)
     before = dense(x)
+    if dense.cls_token is None and 'slow_tokens' in kwargs:
+        with pytest.raises(ValueError, match='class_token must be True'):
+            evolve(dense, **kwargs)
+        return
     evolved = evolve(dense, **kwargs)
     expected = written_out(dense, evolved, x)
     found = informative_tokens(evolved, x)
     assert [t.block for t in found] == list(expected[0].kept) and len(found) >= 2
     for t in found:
-        assert informative_indices(t) == [r.kept[t.block] for r in expected]
+        if evolved.slow_tokens == 'attention':
+            assert informative_indices(t) == [r.kept[t.block] for r in expected]
+        else:
+            assert t.attention is None
+            assert t.groups.flatten(1).tolist() == [r.kept[t.block] for r in expected]
+            assert informative_indices(t) == [
+                [j for j, g in enumerate(r.kept[t.block]) if r.kept[t.block].count(g) == 1] for r in expected]
     tokens = dense.norm(torch.stack([r.tokens for r in expected]))
     torch.testing.assert_close(evolved(x), dense.forward_head(tokens))
     last, maps = evolved.forward_intermediates(x, indices=[2, 4], output_fmt='NLC', return_prefix_tokens=True)
@@ -80,7 +169,7 @@ def test_evolves_the_blocks_it_is_given(name, config, kwargs):
     assert not torch.equal(evolved(x), before) and torch.equal(dense(x), before)
 
 
-@pytest.mark.parametrize('name, config', MODELS, ids=[f'{i}-{name}' for i, (name, _) in enumerate(MODELS)])
+@by_model
 @torch.no_grad()
 def test_keep_ratio_1_leaves_outputs(name, config):
     dense = build(name, **config)
@@ -91,7 +180,7 @@ def test_keep_ratio_1_leaves_outputs(name, config):
     assert not torch.allclose(evolved(x), dense(x))
 
 
-@pytest.mark.parametrize('name, config', MODELS, ids=[f'{i}-{name}' for i, (name, _) in enumerate(MODELS)])
+@by_model
 def test_everything_is_shared(name, config):
     dense = build(name, **config)
     evolved = evolve(dense)
@@ -107,22 +196,42 @@ def test_everything_is_shared(name, config):
 
 @pytest.mark.parametrize('depth, stages', [(12, (4, 8)), (24, (8, 16)), (6, (2, 4)), (7, (2, 4)), (2, (1,)), (1, ())])
 def test_default_stages_are_a_dense_third_and_two_equal_stages(depth, stages):
+    assert by_attention(build(depth=depth)).stage_starts == stages
+
+
+@pytest.mark.parametrize('depth, stages', [
+    (12, (1, 3, 5, 7, 9)), (24, (2, 6, 10, 14, 18)), (8, (1, 3, 5)), (2, (1,)), (1, ())])
+def test_default_stages_by_similarity_start_early(depth, stages):
     assert evolve(build(depth=depth)).stage_starts == stages
 
 
-@pytest.mark.parametrize('name', ['vit_base_patch16_224', 'deit_tiny_distilled_patch16_224'])
-def test_feature_maps_either_way(name):
+def test_one_ratio_by_similarity_is_the_geometric_mean_of_a_falling_series():
+    model = evolve(build(depth=12), 0.5)
+    assert model.keep_ratio == (0.794, 0.63, 0.5, 0.397, 0.315)
+    model.set_keep_ratio(0.7)
+    assert all(a > b for a, b in zip(model.keep_ratio, model.keep_ratio[1:]))
+    assert math.isclose(math.prod(model.keep_ratio), 0.7 ** 5, rel_tol=2e-3)
+    model.set_keep_ratio((0.9, 0.9, 0.5, 0.7, 0.7))
+    assert model.keep_ratio == (0.9, 0.9, 0.5, 0.7, 0.7)
+    model.set_keep_ratio(1)
+    assert model.keep_ratio == (1.,) * 5
+
+
+@pytest.mark.parametrize('slow_tokens', ['similarity', 'attention'])
+@pytest.mark.parametrize('name', ['vit_base_patch16_224', 'deit_tiny_distilled_patch16_224', 'eva02_tiny_patch14_224'])
+def test_feature_maps_either_way(name, slow_tokens):
+    how = dict(slow_tokens=slow_tokens, stages=(2, 4), keep_ratio=(0.7, 0.5))
     dense = build(name)
     x = images_for(dense)
     config = {**SMALL, 'out_indices': (1, 4)}
     features = timm.create_model(name, features_only=True, **config).double().eval()
     features.model.load_state_dict(dense.state_dict(), strict=False)
-    evolved = evolve(features)
-    assert evolved.model.stage_starts == evolve(dense).stage_starts == (2, 4) and len(evolved.model.blocks) == 5
+    evolved = evolve(features, **how)
+    assert evolved.model.stage_starts == evolve(dense, **how).stage_starts == (2, 4) and len(evolved.model.blocks) == 5
     assert evolved.feature_info.channels() == features.feature_info.channels() == [24, 24]
-    expected = [r.after for r in written_out(dense, evolve(dense), x)]
+    expected = [r.after for r in written_out(dense, evolve(dense, **how), x)]
     with torch.no_grad():
-        again = FeatureGetterNet(evolve(dense), out_indices=(1, 4))(x)
+        again = FeatureGetterNet(evolve(dense, **how), out_indices=(1, 4))(x)
         for i, a, b, c in zip((1, 4), evolved(x), again, features(x)):
             maps = torch.stack([after[i][dense.num_prefix_tokens:].T.unflatten(1, (4, 4)) for after in expected])
             torch.testing.assert_close(a, maps)
@@ -216,12 +325,6 @@ def test_arguments_are_those_of_the_model_as_built():
     assert len(pruned.blocks.tradeoff) == len(pruned.blocks) == 4
 
 
-def gated():
-    model = build()
-    model.blocks[2].attn.gate = torch.nn.Linear(24, 24)
-    return model
-
-
 class OtherAttention(Attention):
     pass
 
@@ -231,15 +334,10 @@ class OtherTransformer(VisionTransformer):
 
 
 @pytest.mark.parametrize('model, error, message', [
-    (lambda: timm.create_model('vit_tiny_patch16_224', class_token=False, global_pool='avg', **SMALL),
-     ValueError, 'no class token'),
-    (lambda: timm.create_model('vit_tiny_patch16_224', class_token=False, reg_tokens=2, global_pool='avg', **SMALL),
-     ValueError, 'no class token'),
-    (lambda: timm.create_model('vit_tiny_patch16_224', **SMALL, block_fn=ResPostBlock),
-     TypeError, "blocks.0 must be timm's Block, got ResPostBlock"),
+    (lambda: timm.create_model('vit_tiny_patch16_224', **SMALL, block_fn=ParallelScalingBlock),
+     TypeError, "blocks.0 must be one of the blocks Block, ResPostBlock, .*, got ParallelScalingBlock"),
     (lambda: timm.create_model('vit_tiny_patch16_224', **SMALL, attn_layer=OtherAttention),
-     TypeError, "blocks.0.attn must be timm's Attention, got OtherAttention"),
-    (lambda: gated(), TypeError, 'blocks.2.attn is gated'),
+     TypeError, "blocks.0.attn must be timm's Attention, .*, got OtherAttention"),
     (lambda: OtherTransformer(**SMALL), TypeError, 'got OtherTransformer'),
     (lambda: timm.create_model('resnet10t'), TypeError, 'got ResNet'),
     (lambda: timm.create_model('evo_deit_tiny', **SMALL), TypeError, 'EvoVisionTransformer evolves already'),
@@ -257,9 +355,14 @@ def test_what_cannot_evolve_is_refused(model, error, message):
     (dict(keep_ratio=(0.5, 0.5, 0.5)), ValueError, 'keep_ratio must be one number or 2'),
     (dict(stages=(3, 3)), ValueError, r'ascending order, got \(3, 3\)'),
     (dict(stages=(6,)), ValueError, r'1 \.\. 5 for a model of 6 blocks'),
-    (dict(tradeoff=2), ValueError, 'tradeoff must be in'),
-    (dict(selection='none'), ValueError, "got 'none'"),
-    (dict(representative_token='no'), TypeError, "got 'no'"),
+    (dict(slow_tokens='likeness'), ValueError, "slow_tokens must be 'attention' or 'similarity', got 'likeness'"),
+    (dict(slow_tokens='attention', tradeoff=2), ValueError, 'tradeoff must be in'),
+    (dict(slow_tokens='attention', selection='none'), ValueError, "got 'none'"),
+    (dict(slow_tokens='attention', representative_token='no'), TypeError, "got 'no'"),
+    (dict(tradeoff=0.5), ValueError, "tradeoff must be left out with slow_tokens='similarity', got 0.5"),
+    (dict(selection='layer'), ValueError, "selection must be left out with slow_tokens='similarity', got 'layer'"),
+    (dict(layer_to_stage_epochs=2), ValueError, 'layer_to_stage_epochs must be left out'),
+    (dict(representative_token=True), ValueError, 'representative_token must be left out'),
 ])
 def test_bad_arguments_leave_the_model_alone(kwargs, error, message):
     dense = build()
@@ -295,21 +398,23 @@ def test_evo_vit_evolves_its_base(base):
     assert [y.shape[1:] for y in backbone(images(1))] == [(24, 4, 4)] * 2
 
 
+@pytest.mark.parametrize('how, keep_ratio', [
+    (dict(slow_tokens='attention', selection='layer'), (0.3, 0.3)), (dict(stages=(1, 3)), (0.448, 0.201))])
 @pytest.mark.parametrize('by_name', [True, False])
-def test_evo_vit_comes_back_evolving(by_name, tmp_path):
+def test_evo_vit_comes_back_evolving(by_name, how, keep_ratio, tmp_path):
     """From a folder that timm's own function has written, with the keep ratio that it was saved with."""
     if by_name:
-        model = timm.create_model('evo_vit', base='vit_tiny_patch16_224', selection='layer', **ARGS).eval()
+        model = timm.create_model('evo_vit', base='vit_tiny_patch16_224', **how, **ARGS).eval()
     else:
         dense = timm.create_model('vit_tiny_patch16_224', **ARGS)
         if not hasattr(dense, '_model_args'):
             pytest.skip('this timm does not record model arguments')
-        model = evolve(dense, selection='layer').eval()
+        model = evolve(dense, **how).eval()
     model.set_keep_ratio(0.3)
     timm.models.save_for_hf(model, tmp_path, model_args=model.model_args, safe_serialization=True)
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     x = images(2)
-    assert type(again) is type(model) and again.keep_ratio == (0.3, 0.3)
+    assert type(again) is type(model) and again.keep_ratio == keep_ratio and again.slow_tokens == model.slow_tokens
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
     weights = load_file(tmp_path / 'model.safetensors')
@@ -318,8 +423,8 @@ def test_evo_vit_comes_back_evolving(by_name, tmp_path):
 
 @pytest.mark.parametrize('kwargs, error, message', [
     (dict(base='nothing_of_that_name'), RuntimeError, 'nothing_of_that_name'),
-    (dict(base='resnet18'), TypeError, 'VisionTransformer or VisionTransformerDistilled, got ResNet'),
-    (dict(base='vit_base_patch16_siglip_224'), ValueError, 'no class token'),
+    (dict(base='resnet18'), TypeError, 'VisionTransformer, VisionTransformerDistilled, Eva, got ResNet'),
+    (dict(base='vit_base_patch16_siglip_224', slow_tokens='attention'), ValueError, 'class_token must be True'),
     (dict(nothing=1), TypeError, 'nothing'),
     (dict(keep_ratio=2), ValueError, r'keep_ratio must be in \(0, 1\], got 2'),
 ])
@@ -333,10 +438,31 @@ def test_evo_vit_in_transformers_wrapper(tmp_path):
     transformers = pytest.importorskip('transformers', reason='transformers is not installed')
     args = {k: v for k, v in ARGS.items() if k != 'num_classes'}
     config = transformers.TimmWrapperConfig(
-        architecture='evo_vit', model_args=dict(base='vit_tiny_patch16_224', keep_ratio=0.7, **args), num_labels=7)
+        architecture='evo_vit', model_args=dict(base='vit_tiny_patch16_224', keep_ratio=0.7, stages=(1, 3), **args), num_labels=7)
     wrapper = transformers.TimmWrapperForImageClassification(config).eval()
     wrapper.save_pretrained(tmp_path)
     again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    assert again.timm_model.keep_ratio == (0.7, 0.7)
+    assert again.timm_model.keep_ratio == wrapper.timm_model.keep_ratio == (0.788, 0.622)
     with torch.no_grad():
         torch.testing.assert_close(again(images(2)).logits, wrapper(images(2)).logits)
+
+
+@pytest.mark.slow
+def test_evolved_in_transformers_wrapper_warns(tmp_path):
+    """The wrapper's config describes the dense model; the warning says what to build, and that comes back evolving."""
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    args = {k: v for k, v in ARGS.items() if k != 'num_classes'}
+    config = transformers.TimmWrapperConfig(architecture='vit_tiny_patch16_224', model_args=args, num_labels=7)
+    wrapper = transformers.TimmWrapperForImageClassification(config).eval()
+    wrapper.timm_model = evolve(wrapper.timm_model, 0.6)
+    with pytest.warns(UserWarning, match='saves this model as its dense base') as caught:
+        wrapper.save_pretrained(tmp_path)
+    message = next(str(w.message) for w in caught if 'dense base' in str(w.message))
+    told = eval(re.search(r'model_args=(\{.*\})', message)[1])
+    config = transformers.TimmWrapperConfig(architecture='evo_vit', model_args=told, num_labels=7)
+    again = transformers.TimmWrapperForImageClassification(config).eval()
+    again.load_state_dict(wrapper.state_dict())
+    again.save_pretrained(tmp_path / 'evolving')
+    back = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'evolving').eval()
+    with torch.no_grad():
+        torch.testing.assert_close(back(images(2)).logits, wrapper(images(2)).logits)

@@ -110,7 +110,7 @@ def test_turned_is_upright(tmp_path):
 
 def test_fades_what_is_not_informative():
     pixels, mask = torch.rand(3, 8, 8), torch.tensor([[True, False], [False, True]])
-    drawn = np.asarray(draw(pixels, [InformativeTokens(4, mask, torch.rand(2, 2))], False, '')).astype(int)
+    drawn = np.asarray(draw(pixels, [InformativeTokens(4, mask, torch.arange(4).view(2, 2), torch.rand(2, 2))], False, '')).astype(int)
     picture = drawn[TOP:TOP + SIDE, GAP:GAP + SIDE]
     faded = drawn[TOP:TOP + SIDE, 2 * GAP + SIDE:2 * (GAP + SIDE)]
     expected = np.kron(pixels.permute(1, 2, 0).numpy() * 255, np.ones((28, 28, 1)))
@@ -119,8 +119,22 @@ def test_fades_what_is_not_informative():
     assert abs(faded - expected).max() <= 1
 
 
+def test_paints_groups_in_their_mean_colour():
+    pixels, groups = torch.rand(3, 8, 8), torch.tensor([[0, 1], [1, 2]])
+    tokens = InformativeTokens(4, torch.tensor([[True, False], [False, True]]), groups, None)
+    drawn = np.asarray(draw(pixels, [tokens], False, '')).astype(int)
+    painted = drawn[TOP:TOP + SIDE, 2 * GAP + SIDE:2 * (GAP + SIDE)]
+    expected = np.kron(pixels.permute(1, 2, 0).numpy() * 255, np.ones((28, 28, 1)))
+    shared = torch.cat([pixels[:, :4, 4:].flatten(1), pixels[:, 4:, :4].flatten(1)], dim=1).mean(dim=1).numpy() * 255
+    expected[:112, 112:] = expected[112:, :112] = shared
+    lines = np.zeros((SIDE, SIDE), dtype=bool)
+    lines[111] = lines[:, 111] = lines[-1] = lines[:, -1] = True
+    assert (painted[lines] == 255).all() and abs(painted - expected)[~lines].max() <= 1
+
+
 def test_attention_is_brighter_where_it_is_higher():
-    tokens = InformativeTokens(4, torch.ones(2, 2), torch.tensor([[0.5, 0.1], [0.2, 0.4]]))
+    tokens = InformativeTokens(
+        4, torch.ones(2, 2), torch.arange(4).view(2, 2), torch.tensor([[0.5, 0.1], [0.2, 0.4]]))
     drawn = np.asarray(draw(torch.rand(3, 8, 8), [tokens], True, '')).astype(int)
     heat = drawn[TOP:TOP + SIDE, 3 * GAP + 2 * SIDE:3 * (GAP + SIDE)]
     quarters = heat.reshape(2, SIDE // 2, 2, SIDE // 2, 3).mean(axis=(1, 3, 4))
@@ -240,9 +254,10 @@ def test_sizes_of_the_model(photos, run, checkpoint, tmp_path):
 
 
 def test_an_ordinary_vision_transformer_is_evolved(photos, run, tmp_path):
-    status, drawn, err = run([photos / 'b.png'], '--model', 'vit_tiny_patch16_224', '--attention', *TINY)
-    assert status == 0 and drawn == ['b.png'] and 'the weights are random' in err
-    assert Image.open(tmp_path / 'out' / 'b.png').width == 5 * (SIDE + GAP) + GAP  # two selections
+    for attention, panels in ([], 3), (['--attention'], 5):  # by similarity from blocks 1 and 3; two selections
+        status, drawn, err = run([photos / 'b.png'], '--model', 'vit_tiny_patch16_224', *attention, *TINY)
+        assert status == 0 and drawn == ['b.png'] and 'the weights are random' in err
+        assert Image.open(tmp_path / 'out' / 'b.png').width == panels * (SIDE + GAP) + GAP
 
 
 def test_an_image_that_cannot_be_read(photos, run):
@@ -253,6 +268,7 @@ def test_an_image_that_cannot_be_read(photos, run):
 
 @pytest.mark.parametrize('args, message', [
     (['--model', 'evo_deit_tiny', *TINY, 'keep_ratio=2'], 'keep_ratio'),
+    (['--model', 'evo_vit', '--attention', *TINY], "--attention needs slow_tokens='attention'"),
     (['--model', 'resnet10t'], 'got ResNet'),
     (['--model', 'no_such_model'], 'no_such_model'),
     (['--model', 'evo_deit_tiny', '--checkpoint', 'missing.pth', *TINY], 'missing.pth'),

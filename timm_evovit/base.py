@@ -50,6 +50,13 @@ def check_ratios(name: str, value: Any, count: int, per: str, zero: bool = False
     return tuple(float(v) for v in values)
 
 
+def check_slow_tokens(slow_tokens: str, **by_attention: Any) -> None:
+    """Check how slow tokens are found. Arguments of the other way must be as if they were not given."""
+    check(slow_tokens in ('attention', 'similarity'), 'slow_tokens', "'attention' or 'similarity'", slow_tokens)
+    for name, value in by_attention.items() if slow_tokens == 'similarity' else ():
+        check(value in (None, False, 0, 'stage', 'learned'), name, "left out with slow_tokens='similarity'", value)
+
+
 def recast(module: nn.Module, cls: Any) -> Any:
     """A module of another class, usually a subclass, that takes over the contents of `module`."""
     out = cls.__new__(cls)
@@ -72,13 +79,16 @@ class EvolvingModel(nn.Module):
             self,
             keep_ratio: Union[float, Sequence[float]],
             num_stages: int,
+            slow_tokens: str = 'attention',
             selection: str = 'stage',
             assisted_cls: bool = False,
             layer_to_stage_epochs: int = 0,
             device: Any = None,
     ) -> None:
         """Check and keep the arguments. The blocks must be there."""
-        self.keep_ratio = check_ratios('keep_ratio', keep_ratio, num_stages, 'evolution stage')
+        check_slow_tokens(slow_tokens, selection=selection, layer_to_stage_epochs=layer_to_stage_epochs)
+        self.slow_tokens = slow_tokens
+        self.keep_ratio = self._stage_ratios(keep_ratio, num_stages)
         check(selection in ('stage', 'layer'), 'selection', "'stage' or 'layer'", selection)
         self.selection = selection
         self.assisted_cls = check_flag('assisted_cls', assisted_cls)
@@ -95,14 +105,19 @@ class EvolvingModel(nn.Module):
         self._update_schedule()
 
     @torch.jit.unused
+    def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
+        """The ratio of each stage."""
+        return check_ratios('keep_ratio', keep_ratio, num_stages, 'evolution stage')
+
+    @torch.jit.unused
     def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
-        """Change the ratio of informative patches, weights untouched. At 1 the model is its dense baseline.
+        """Change the ratio of slow tokens to patches, weights untouched. At 1 the model is its dense baseline.
 
         Args:
             keep_ratio: Ratio in (0, 1], one for all evolution stages or one per stage. A TypeError or ValueError, as at
                 construction, leaves the model unchanged.
         """
-        self.keep_ratio = check_ratios('keep_ratio', keep_ratio, len(self.keep_ratio), 'evolution stage')
+        self.keep_ratio = self._stage_ratios(keep_ratio, len(self.keep_ratio))
         self._remember_args(keep_ratio=self.keep_ratio)
         self._set_schedule()
 
@@ -119,7 +134,7 @@ class EvolvingModel(nn.Module):
             keep_ratio: Sequence[float],
     ) -> Tuple[Schedule, Optional[Schedule]]:
         """The schedule, and the one that takes its place in training mode, if any."""
-        schedule = Schedule.build(tradeoff, stages, keep_ratio, self.selection)
+        schedule = Schedule.build(tradeoff, stages, keep_ratio, self.selection, self.slow_tokens)
         return schedule, Schedule.build(tradeoff, stages, keep_ratio, 'layer') if self.layerwise_epochs else None
 
     @property
@@ -237,22 +252,23 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class InformativeTokens(NamedTuple):
-    """One token selection, on the grid of patches."""
-    block: int  # the first block that runs on the informative tokens only
-    mask: torch.Tensor  # (B, H, W) bool, True where a patch is informative
-    attention: torch.Tensor  # (B, H, W) global class attention that decided
+    """One division of the patches among slow tokens, on the grid of patches."""
+    block: int  # the first block that runs on the slow tokens only
+    mask: torch.Tensor  # (B, H, W) bool, True where a patch is a slow token of its own
+    groups: torch.Tensor  # (B, H, W) number of the slow token that each patch belongs to
+    attention: Optional[torch.Tensor]  # (B, H, W) global class attention that decided, None by similarity
 
 
 @torch.no_grad()
 def informative_tokens(model: nn.Module, images: torch.Tensor) -> List[InformativeTokens]:
-    """Find out which patches a model calls informative.
+    """Find out which patches a model gives slow tokens of their own, and which share one.
 
     Args:
         model: Evolving model, also in the wrapper of `features_only=True`. Used in evaluation mode and left as it was.
         images: (B, in_chans, H, W), transformed as the model wants them.
 
     Returns:
-        One entry per token selection, in order.
+        One entry per evolution stage, in order.
 
     Raises:
         TypeError: The model does not evolve tokens.
@@ -265,8 +281,11 @@ def informative_tokens(model: nn.Module, images: torch.Tensor) -> List[Informati
             f'timm_evovit.evolve makes one of a Vision Transformer.')
     found = []
     with eval_mode(model):
-        for selection, grid_size in model.forward_selections(images):
-            mask = torch.zeros_like(selection.global_attn, dtype=torch.bool).scatter(1, selection.keep_idx, True)
+        for (block, group_idx, num_groups, attention), grid_size in model.forward_selections(images):
+            sizes = torch.zeros_like(group_idx).scatter_add(1, group_idx, torch.ones_like(group_idx))
+            mask = (group_idx < num_groups) & (sizes.gather(1, group_idx) == 1)
+            if attention is not None:
+                attention = attention.unflatten(1, grid_size)
             found.append(InformativeTokens(
-                selection.block, mask.unflatten(1, grid_size), selection.global_attn.unflatten(1, grid_size)))
+                block, mask.unflatten(1, grid_size), group_idx.unflatten(1, grid_size), attention))
     return found

@@ -15,9 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from . import training
-from .base import check
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
-from .evo_vit import EvoAttention, EvoBlock, EvolvingVit
+from .evo_vit import EvolvingVit
 from .hub import build_model, evo_cfg, published_cfg, resolve_weights
 
 __all__ = ['EvoVisionTransformer']  # register_model will add each entrypoint fn to this
@@ -36,9 +35,10 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
             *args: Any,
             keep_ratio: Union[float, Sequence[float]] = 0.5,
             stages: Optional[Sequence[int]] = None,
+            slow_tokens: str = 'attention',
+            representative_token: bool = False,
             tradeoff: Optional[Union[float, Sequence[float]]] = None,
             selection: str = 'stage',
-            representative_token: bool = False,
             assisted_cls: bool = True,
             layer_to_stage_epochs: int = 0,
             **kwargs: Any,
@@ -63,19 +63,13 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
             TypeError, ValueError: An argument is of the wrong kind, out of range or of the wrong length.
         """
         weight_init = kwargs.pop('weight_init', '')
-        class_token = kwargs.get('class_token', True)
-        check(class_token, 'class_token', 'True: tokens are selected by class attention', class_token)
-        for name, cls in (('block_fn', EvoBlock), ('attn_layer', EvoAttention)):
-            layer = kwargs.setdefault(name, cls)
-            fits = isinstance(layer, type) and issubclass(layer, cls)
-            check(fits, name, f'a subclass of {cls.__name__}', layer, TypeError)
         if len(args) < 5:
             kwargs.setdefault('global_pool', 'avg')
         super().__init__(*args, weight_init='skip', **kwargs)
 
         self._evolve_blocks(
-            keep_ratio, stages, tradeoff, selection, representative_token, assisted_cls=assisted_cls,
-            layer_to_stage_epochs=layer_to_stage_epochs, device=self.cls_token.device)
+            keep_ratio, stages, slow_tokens, representative_token, tradeoff, selection,
+            assisted_cls=assisted_cls, layer_to_stage_epochs=layer_to_stage_epochs)
         self._reset_cls_head()
 
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init

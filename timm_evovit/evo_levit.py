@@ -25,9 +25,9 @@ from timm.models.levit import (
 from torch import _assert, nn
 
 from . import evolution, training  # FX finds wrapped functions as attributes of their module
-from .base import EvolvingModel, check, check_flag, check_ratios, recast
+from .base import EvolvingModel, check, check_flag, check_ratios, check_slow_tokens, recast
 from .checkpoints import levit_checkpoint_filter_fn as checkpoint_filter_fn
-from .evolution import EvolutionState, EvolvingSequential, Schedule, Selection
+from .evolution import AttentionContext, EvolutionState, EvolvingSequential, Schedule, Selection
 from .hub import build_model, evo_cfg, published_cfg, resolve_weights
 
 __all__ = ['EvoLevit']  # register_model will add each entrypoint fn to this
@@ -44,6 +44,7 @@ def attend(
         k: torch.Tensor,
         v: torch.Tensor,
         scale: float,
+        bias: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Attention of queries (B, heads, M, d) over keys (B, heads, N, d) and values (B, heads, N, e).
 
@@ -53,6 +54,8 @@ def attend(
         (B, M, heads * e) and scaled dot products (B, heads, M, N).
     """
     scores = q * scale @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2), scores
 
 
@@ -64,21 +67,21 @@ class EvoLevitAttention(Attention):
 
     init_non_persistent_buffers = reset_parameters
 
-    def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
-        """Tokens (B, N, C), the class token first; `state` receives class attention (B, N) over all of them."""
+    def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
+        """Tokens (B, N, C), the class token first; `context` receives class attention (B, N) over all of them."""
         q, k, v = split_heads(self.qkv(x), self.num_heads).split([self.key_dim, self.key_dim, self.val_dim], dim=3)
-        x, scores = attend(q, k, v, self.scale)
-        if state is not None:
-            state.class_attn = evolution.class_attention(scores[:, :, 0])
+        x, scores = attend(q, k, v, self.scale, None if context is None else context.bias)
+        if context is not None and context.needs_class_attn:
+            context.class_attn = evolution.class_attention(scores[:, :, 0])
         return self.proj(x)
 
 
 class EvoLevitBlock(LevitBlock):
     """Residual attention and residual MLP, which can also write the class attention of its attention layer."""
 
-    def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
-        """Tokens (B, N, C), the class token first; `state` receives class attention (B, N) over all of them."""
-        x = x + self.drop_path1(self.attn(x, state))
+    def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
+        """Tokens (B, N, C), the class token first; `context` receives class attention (B, N) over all of them."""
+        x = x + self.drop_path1(self.attn(x, context))
         return x + self.drop_path2(self.mlp(x))
 
 
@@ -230,8 +233,9 @@ class EvoLevit(EvolvingModel, LevitDistilled):
             *,
             keep_ratio: Union[float, Sequence[float]] = 0.5,
             tradeoff: Union[str, float] = 'learned',
+            slow_tokens: str = 'attention',
             selection: str = 'stage',
-            representative_token: bool = True,
+            representative_token: Optional[bool] = None,
             assisted_cls: bool = True,
             layer_to_stage_epochs: int = 0,
             **kwargs: Any,
@@ -244,14 +248,19 @@ class EvoLevit(EvolvingModel, LevitDistilled):
                 of the first stage always see all patches.
             tradeoff: Weight in [0, 1] of each attention's class attention in the global class attention, or 'learned',
                 one scalar per attention.
-            selection, representative_token, assisted_cls, layer_to_stage_epochs: As in `EvoVisionTransformer`. In the
-                layer-wise epochs the tradeoff is 0.5 and not learned.
+            slow_tokens, selection, assisted_cls, layer_to_stage_epochs: As in `EvoVisionTransformer`, but each stage
+                groups the patches of its own grid. In the layer-wise epochs the tradeoff is 0.5 and not learned.
+            representative_token: Update placeholders by a representative token, or leave them as they are until the
+                stage ends. Default: True where class attention finds slow tokens.
             **kwargs: Arguments of timm's Levit; of these use_conv and stem_backbone are not supported.
 
         Raises:
             TypeError, ValueError: An argument is of the wrong kind, out of range or of the wrong length.
         """
         check_levit_args(embed_dim, key_dim, dict(kwargs, depth=depth))
+        check_slow_tokens(slow_tokens, representative_token=representative_token, tradeoff=tradeoff)
+        if representative_token is None:
+            representative_token = slow_tokens == 'attention'
         check_flag('representative_token', representative_token)
         fixed_tradeoff = 0.5
         if tradeoff != 'learned':
@@ -273,7 +282,8 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         self.tradeoff = nn.Parameter(torch.empty(num_attentions, **dd)) if tradeoff == 'learned' else None
         self.reset_parameters()
 
-        self._init_evolution(keep_ratio, len(self.stages), selection, assisted_cls, layer_to_stage_epochs, dd['device'])
+        self._init_evolution(
+            keep_ratio, len(self.stages), slow_tokens, selection, assisted_cls, layer_to_stage_epochs, dd['device'])
         self._reset_heads()
 
     def reset_parameters(self) -> None:

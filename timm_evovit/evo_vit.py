@@ -3,63 +3,154 @@
 Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390
 """
 import copy
+import warnings
 from dataclasses import replace
 from itertools import chain
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models import PretrainedCfg, generate_default_cfgs, parse_model_name, register_model, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
 from . import evolution  # FX finds wrapped functions as attributes of their module
-from .base import EvolvingModel, check, check_flag, check_ratios, is_number, recast
-from .evolution import EvolutionState, EvolvingSequential, Selection
+from .base import EvolvingModel, check, check_flag, check_ratios, check_slow_tokens, is_number, recast
+from .evolution import AttentionContext, EvolutionState, EvolvingSequential, Selection
 from .hub import evo_cfg
 
-__all__ = ['EvoAttention', 'EvoBlock', 'EvolvingVit', 'evolve']
+__all__ = ['EvolvingVit', 'evolve']
 
 EVOLUTION_ARGS = (
-    'keep_ratio', 'stages', 'representative_token', 'tradeoff', 'selection', 'layer_to_stage_epochs')
+    'keep_ratio', 'stages', 'slow_tokens', 'representative_token', 'tradeoff', 'selection', 'layer_to_stage_epochs')
 
 
-class EvoAttention(Attention):
-    """timm's Attention, which can also write class attention."""
+@torch.fx.wrap
+def rotate(x: torch.Tensor, rope: torch.Tensor, half: bool) -> torch.Tensor:
+    """Rotate queries or keys (B, heads, N, d) but for prefix tokens; `rope` is (B or 1, heads or 1, n, 2 * d)."""
+    num_prefix_tokens = x.shape[2] - rope.shape[2]
+    rotated = apply_rot_embed_cat(x[:, :, num_prefix_tokens:], rope, half)
+    return torch.cat([x[:, :, :num_prefix_tokens], rotated], dim=2).type_as(x)
 
-    def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
-        """Tokens (B, N, C), the class token first; `state` receives class attention (B, N) over all of them."""
+
+class EvolvingAttention(nn.Module):
+    """What timm's attention layers share, and class attention; to be inherited from before one of them."""
+
+    def project(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens (B, N, C) to queries (B, heads, N, d), keys and values, of which there may be fewer heads."""
         B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.qkv is None:
+            q, k, v = [y.reshape(B, N, -1, self.head_dim).transpose(1, 2) for y in (
+                self.q_proj(x), self.k_proj(x), self.v_proj(x))]
+            return q, k, v
+        if self.q_bias is None:
+            qkv = self.qkv(x)
+        else:
+            qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
+        q, k, v = qkv.reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
+        """Tokens (B, N, C), the class token first; `context` receives class attention (B, N) over all of them."""
+        B, N, _ = x.shape
+        gate: Optional[torch.Tensor] = None
+        if self.gate is not None:
+            gate = self.gate(x).sigmoid()
+        q, k, v = self.project(x)
         q, k = self.q_norm(q), self.k_norm(k)
-        if state is not None:
+        bias: Optional[torch.Tensor] = None
+        if context is not None:
+            bias, rope = context.bias, context.rope
+            if rope is not None:
+                q, k = rotate(q, rope, self.rotate_half).type_as(v), rotate(k, rope, self.rotate_half).type_as(v)
+        if self.num_kv_groups > 1:
+            k, v = k.repeat_interleave(self.num_kv_groups, dim=1), v.repeat_interleave(self.num_kv_groups, dim=1)
+        if context is not None and context.needs_class_attn:
             # keys first: they are copied by rows, which is several times faster on a CPU
             scores = (k @ q[:, :, :1].transpose(-2, -1)).squeeze(-1) * self.scale
-            state.class_attn = evolution.class_attention(scores)
+            context.class_attn = evolution.class_attention(scores)
         if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
+            x = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0.)
         else:
-            x = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+            scores = q * self.scale @ k.transpose(-2, -1)
+            if bias is not None:
+                scores = scores + bias
+            x = self.attn_drop(scores.softmax(dim=-1)) @ v
         x = self.norm(x.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim))
+        if gate is not None:
+            x = x * gate
         return self.proj_drop(self.proj(x))
 
 
+class EvoAttention(EvolvingAttention, Attention):
+    """timm's Attention, which can also write class attention."""
+
+
+class EvoEvaAttention(EvolvingAttention, EvaAttention):
+    """timm's EvaAttention, which can also write class attention, that of rotated queries and keys."""
+
+
+class EvoAttentionRope(EvolvingAttention, AttentionRope):
+    """timm's AttentionRope, which can also write class attention, that of rotated queries and keys."""
+
+
 class EvoBlock(Block):
-    """timm's Block, which can also write the class attention of its attention layer."""
+    """timm's Block, which hands `context` to its attention layer."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.grid = nn.Identity()  # called with the complete tokens where an evolution stage starts at this block
-
-    def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
-        """Tokens (B, N, C), the class token first; `state` receives class attention (B, N) over all of them."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), state)))
+    def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
+        """Tokens (B, N, C), the class token first."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), context)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class EvoEvaBlock(EvaBlock):
+    """timm's EvaBlock, which hands `context` to its attention layer."""
+
+    def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
+        """Tokens (B, N, C), the class token first."""
+        update = self.attn(self.norm1(x), context)
+        if self.gamma_1 is not None:
+            update = self.gamma_1 * update
+        x = x + self.drop_path1(update)
+        update = self.mlp(self.norm2(x))
+        if self.gamma_2 is not None:
+            update = self.gamma_2 * update
+        return x + self.drop_path2(update)
+
+
+class EvoResPostBlock(ResPostBlock):
+    """timm's ResPostBlock, which hands `context` to its attention layer."""
+
+    def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
+        """Tokens (B, N, C), the class token first."""
+        x = x + self.drop_path1(self.norm1(self.attn(x, context)))
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
+
+
+class EvoEvaBlockPostNorm(EvaBlockPostNorm):
+    """timm's EvaBlockPostNorm, which hands `context` to its attention layer."""
+
+    forward = EvoResPostBlock.forward
+
+
+def default_stages(depth: int, slow_tokens: str) -> Sequence[int]:
+    """First block of each stage: two equal stages after a dense third, or one in every two of 12 blocks from 1 to 9."""
+    if slow_tokens == 'attention':
+        return sorted({depth // 3, 2 * depth // 3} - {0})
+    step = max(2, round(depth / 6))
+    return range(step // 2, depth * 4 // 5 + 1, step)
+
+
+def falling_ratios(keep_ratio: float, num_stages: int) -> Tuple[float, ...]:
+    """Geometric series of ratios whose geometric mean is `keep_ratio`, to three decimals."""
+    return tuple(max(round(keep_ratio ** (2 * (i + 1) / (num_stages + 1)), 3), 0.001) for i in range(num_stages))
 
 
 @torch.fx.wrap
@@ -69,25 +160,62 @@ def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
         raise ValueError('attn_mask and is_causal are not supported: a mask cannot follow the selected tokens.')
 
 
+EVOLVING: Dict[Type[nn.Module], Any] = {
+    Attention: EvoAttention,
+    EvaAttention: EvoEvaAttention,
+    AttentionRope: EvoAttentionRope,
+    Block: EvoBlock,
+    ResPostBlock: EvoResPostBlock,
+    EvaBlock: EvoEvaBlock,
+    EvaBlockPostNorm: EvoEvaBlockPostNorm,
+}
+
+
+def evolve_block(block: nn.Module, name: str) -> nn.Module:
+    """Make a block, and its attention layer, take an `AttentionContext`.
+
+    Raises:
+        TypeError: They are of a kind that cannot, such as blocks with attention and MLP in parallel.
+    """
+    kinds = [cls.__name__ for cls in EVOLVING]
+    if type(block) not in EVOLVING:
+        raise TypeError(f'{name} must be one of the blocks {", ".join(kinds[3:])} of timm, got {type(block).__name__}.')
+    if type(block.attn) not in EVOLVING:
+        raise TypeError(f'{name}.attn must be timm\'s {", ".join(kinds[:3])}, got {type(block.attn).__name__}.')
+    block = recast(block, EVOLVING[type(block)])
+    block.grid = nn.Identity()  # called with the complete tokens where an evolution stage starts at this block
+    block.attn = recast(block.attn, EVOLVING[type(block.attn)])
+    for key, default in dict(gate=None, q_bias=None, num_kv_groups=1, rotate_half=False).items():
+        if not hasattr(block.attn, key):
+            setattr(block.attn, key, default)
+    return block
+
+
 class EvolvingVit(EvolvingModel):
-    """Slow-fast token evolution of a VisionTransformer, to be inherited from before it.
+    """Slow-fast token evolution of a Vision Transformer, to be inherited from before its class.
 
     Everything outside the blocks sees the complete patch grid in raster order.
     """
+    is_named = True  # timm.create_model builds this model by the name that a wrapper around it knows
 
     def _evolve_blocks(
             self,
             keep_ratio: Union[float, Sequence[float]],
             stages: Optional[Sequence[int]],
+            slow_tokens: str,
+            representative_token: bool,
             tradeoff: Optional[Union[float, Sequence[float]]],
             selection: str,
-            representative_token: bool,
             **kwargs: Any,
     ) -> None:
-        """Check the arguments and make the blocks of the dense model, which must be of type EvoBlock, evolve."""
+        """Check the arguments and make the blocks of the dense model evolve."""
         depth = len(self.feature_info)  # as built; features_only may have pruned blocks since
+        check_slow_tokens(slow_tokens, representative_token=representative_token, tradeoff=tradeoff)
+        if slow_tokens == 'attention':
+            cls_token = self.cls_token is not None
+            check(cls_token, 'class_token', "True with slow_tokens='attention', which needs class attention", cls_token)
         if stages is None:
-            stages = sorted({depth // 3, 2 * depth // 3} - {0})
+            stages = default_stages(depth, slow_tokens)
         starts: Any = (stages,) if is_number(stages) else stages
         check(
             isinstance(starts, Sequence) and all(is_number(s, int) for s in starts), 'stages',
@@ -101,13 +229,21 @@ class EvolvingVit(EvolvingModel):
             tradeoff = (1.,) * first + (0.5,) * (depth - first)
         weights = check_ratios('tradeoff', tradeoff, depth, 'block', zero=True)
         self.blocks: Any = EvolvingSequential(
-            *self.blocks,
+            *[evolve_block(block, f'blocks.{i}') for i, block in enumerate(self.blocks)],
             tradeoff=weights[:len(self.blocks)],
             num_prefix_tokens=self.num_prefix_tokens,
             representative_token=check_flag('representative_token', representative_token),
         )
-        self._init_evolution(keep_ratio, len(self.stage_starts), selection, **kwargs)
+        device = next(self.parameters()).device
+        self._init_evolution(keep_ratio, len(self.stage_starts), slow_tokens, selection, device=device, **kwargs)
         self._truncate_to_depth()
+
+    @torch.jit.unused
+    def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
+        ratios = super()._stage_ratios(keep_ratio, num_stages)
+        if self.slow_tokens == 'similarity' and is_number(keep_ratio) and ratios:
+            return falling_ratios(ratios[0], num_stages)
+        return ratios
 
     def _truncate_to_depth(self) -> None:
         """Drop the settings of blocks that are no longer there."""
@@ -123,10 +259,21 @@ class EvolvingVit(EvolvingModel):
     @torch.jit.unused
     def _current_args(self) -> Dict[str, Any]:
         args = dict(img_size=self.patch_embed.img_size, in_chans=self.in_chans, global_pool=self.global_pool)
+        return {**args, **self._norm_args()}
+
+    @torch.jit.unused
+    def _norm_args(self) -> Dict[str, Any]:
+        """Arguments that say where the norms are: reset_classifier changes the pooling and leaves them there."""
         fc_norm = not isinstance(self.fc_norm, nn.Identity)
-        if fc_norm != (self.global_pool in ('avg', 'avgmax', 'max')):
-            args['fc_norm'] = fc_norm  # reset_classifier changes the pooling and leaves the norm where it is
-        return args
+        return {} if fc_norm == (self.global_pool in ('avg', 'avgmax', 'max')) else dict(fc_norm=fc_norm)
+
+    def _save_to_state_dict(self, destination: Dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if prefix.endswith('timm_model.') and not self.is_named:
+            warnings.warn(
+                "transformers saves this model as its dense base: the wrapper's config does not know that it evolves. "
+                f"A wrapper of TimmWrapperConfig(architecture='evo_vit', model_args={self.model_args}) comes back "
+                'evolving.', stacklevel=2)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     @torch.jit.unused
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -143,8 +290,9 @@ class EvolvingVit(EvolvingModel):
         self._truncate_to_depth()
         return take_indices
 
-    def _embed(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+    def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Image (B, in_chans, H, W) to tokens (B, N, C) and rotary embedding, as `EvolutionState` takes it."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), None
 
     def forward_features(
             self,
@@ -154,7 +302,8 @@ class EvolvingVit(EvolvingModel):
     ) -> torch.Tensor:
         """Image (B, in_chans, H, W) to tokens (B, N, C), the patch grid complete and in raster order."""
         check_no_mask(attn_mask, is_causal)
-        return self.norm(self.blocks(self._embed(x)))
+        x, rope = self._embed(x)
+        return self.norm(self.blocks(x, EvolutionState(rope=rope)))
 
     def forward_intermediates(
             self,
@@ -175,8 +324,8 @@ class EvolvingVit(EvolvingModel):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
         height, width = x.shape[-2:]
-        state = EvolutionState(take_indices=take_indices)
-        x = self._embed(x)
+        x, rope = self._embed(x)
+        state = EvolutionState(take_indices=take_indices, rope=rope)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             x = self.blocks(x, state)
         else:
@@ -206,8 +355,9 @@ class EvolvingVit(EvolvingModel):
     @torch.jit.unused
     def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
         grid_size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        state = EvolutionState()
-        self.blocks(self._embed(x), state)
+        x, rope = self._embed(x)
+        state = EvolutionState(rope=rope)
+        self.blocks(x, state)
         return [(s, grid_size) for s in state.selections]
 
     def forward(
@@ -227,32 +377,41 @@ class EvolvedVisionTransformerDistilled(EvolvingVit, VisionTransformerDistilled)
     """What `evolve` makes of a VisionTransformerDistilled."""
 
 
+class EvolvedEva(EvolvingVit, Eva):
+    """What `evolve` makes of an Eva: EVA-02, DINOv3, Perception Encoder and others with rotary embeddings."""
+
+    def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        x, rope = self._pos_embed(self.patch_embed(x))
+        if rope is not None:
+            n, d = rope.shape[-2:]
+            if self.rope_mixed:  # (blocks, heads, n, d), after patch dropout (blocks, B, heads, n, d)
+                rope = rope.reshape(rope.shape[0], -1, rope.shape[-3], n, d)
+            else:  # (n, d), after patch dropout (B, 1, n, d)
+                rope = rope.reshape(1, -1, 1, n, d)
+        return self.norm_pre(x), rope
+
+    @torch.jit.unused
+    def _norm_args(self) -> Dict[str, Any]:
+        fc_norm, norm = (not isinstance(m, nn.Identity) for m in (self.fc_norm, self.norm))
+        if (fc_norm, norm) == (self.global_pool == 'avg', self.global_pool != 'avg'):
+            return {}
+        return dict(use_fc_norm=fc_norm, use_post_transformer_norm=norm)
+
+
 EVOLVED: Dict[Type[nn.Module], Type[EvolvingVit]] = {
     VisionTransformer: EvolvedVisionTransformer,
     VisionTransformerDistilled: EvolvedVisionTransformerDistilled,
+    Eva: EvolvedEva,
 }
-
-
-def _evolve_block(block: nn.Module, name: str) -> EvoBlock:
-    if type(block) is not Block:
-        raise TypeError(f"{name} must be timm's Block, got {type(block).__name__}: its class attention is not known.")
-    if type(block.attn) is not Attention:
-        raise TypeError(
-            f"{name}.attn must be timm's Attention, got {type(block.attn).__name__}: its class attention is not known.")
-    if getattr(block.attn, 'gate', None) is not None:
-        raise TypeError(f'{name}.attn is gated, which EvoAttention is not.')
-    block = recast(block, EvoBlock)
-    block.attn = recast(block.attn, EvoAttention)
-    block.grid = nn.Identity()
-    return block
 
 
 def evolve(
         model: nn.Module,
         keep_ratio: Union[float, Sequence[float]] = 0.5,
         stages: Optional[Sequence[int]] = None,
-        representative_token: bool = True,
+        slow_tokens: str = 'similarity',
         *,
+        representative_token: Optional[bool] = None,
         tradeoff: Optional[Union[float, Sequence[float]]] = None,
         selection: str = 'stage',
         layer_to_stage_epochs: int = 0,
@@ -265,32 +424,34 @@ def evolve(
     `set_keep_ratio` is then that of `evolved.model`.
 
     Args:
-        model: Built VisionTransformer or VisionTransformerDistilled with a class token, or either in the wrapper that
+        model: Built VisionTransformer, VisionTransformerDistilled or Eva, or one in the wrapper that
             `features_only=True` makes.
-        keep_ratio, stages, tradeoff, selection, layer_to_stage_epochs: As in `EvoVisionTransformer`.
+        keep_ratio, stages, slow_tokens, tradeoff, selection, layer_to_stage_epochs: As in `EvoVisionTransformer`.
         representative_token: Update placeholders by a representative token, or leave them until the stage ends.
+            Default: True where class attention finds slow tokens.
 
     Raises:
         TypeError: The model, its blocks or its attention are of a kind that cannot evolve, or an argument is of the
             wrong kind.
-        ValueError: The model has no class token, or an argument is out of range or of the wrong length.
+        ValueError: The model has no class token to find slow tokens by, or an argument is out of range or of the wrong
+            length.
     """
+    if representative_token is None:
+        representative_token = slow_tokens == 'attention'
     args: Dict[str, Any] = dict(
-        keep_ratio=keep_ratio, stages=stages, tradeoff=tradeoff, selection=selection,
-        representative_token=representative_token, layer_to_stage_epochs=layer_to_stage_epochs)
+        keep_ratio=keep_ratio, stages=stages, slow_tokens=slow_tokens, representative_token=representative_token,
+        tradeoff=tradeoff, selection=selection, layer_to_stage_epochs=layer_to_stage_epochs)
     if isinstance(model, FeatureGetterNet):
         return copy.deepcopy(model, {id(model.model): evolve(model.model, **args)})
     if isinstance(model, EvolvingModel):
         raise TypeError(f'{type(model).__name__} evolves already; set_keep_ratio changes how many patches it keeps.')
     if type(model) not in EVOLVED:
         raise TypeError(
-            f"evolve takes timm's VisionTransformer or VisionTransformerDistilled, got {type(model).__name__}.")
-    if model.cls_token is None:
-        raise ValueError('The model has no class token, and so no class attention to select tokens by.')
+            f"evolve takes timm's {', '.join(cls.__name__ for cls in EVOLVED)}, got {type(model).__name__}.")
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
     evolved = recast(copy.deepcopy(model, shared), EVOLVED[type(model)])
-    evolved.blocks = nn.Sequential(*[_evolve_block(block, f'blocks.{i}') for i, block in enumerate(evolved.blocks)])
-    evolved._evolve_blocks(**args, device=model.cls_token.device)
+    evolved.is_named = False
+    evolved._evolve_blocks(**args)
     evolved.set_grad_checkpointing(model.grad_checkpointing)
     cfg = getattr(model, 'pretrained_cfg', None)
     if cfg is not None:  # saved, it comes back as an `evo_vit`
@@ -333,4 +494,5 @@ def evo_vit(
     model = evolve(timm.create_model(base, pretrained, **kwargs), **evolution_args)
     if isinstance(model, EvolvingModel):  # and not in the wrapper of features_only
         model._remember_args(**kwargs)
+        model.is_named = True
     return model

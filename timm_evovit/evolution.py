@@ -1,6 +1,10 @@
-"""Slow-fast token evolution: global class attention, token selection, split and merge.
+"""Slow-fast token evolution: which slow token a patch belongs to, split and merge, and the blocks in between.
 
 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer', https://arxiv.org/abs/2108.01390.
+
+A stage divides the patches among slow tokens, runs its blocks on these, and adds to every patch what the blocks added
+to its slow token. In the paper the patches of highest global class attention are slow tokens of their own and all
+others share one, the representative token, or wait. By similarity, like patches share a slow token.
 
 Everything here works on sequences of prefix tokens (class token first) followed by patch tokens in raster order and
 knows no model. Shapes use B images, N tokens of which P are prefix tokens, n = N - P patches, C channels.
@@ -12,11 +16,14 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 from timm.models import checkpoint
 from torch import nn
+from torch.nn import functional as F
 
 
 class Schedule(NamedTuple):
     """Where a sequence of blocks selects tokens and where it tracks global class attention, one entry per block."""
     stage_keep_ratio: List[Optional[Tuple[int, int]]]  # numerator and denominator where a stage starts, else None
+    matching_rounds: List[int]  # rounds of matching by similarity at the start of a stage, 0 to select by attention
+    nested: List[bool]  # a stage that starts here groups the slow tokens of the one before, which goes on around it
     needs_class_attention: List[bool]  # a later selection reads the global class attention as it is after this block
 
     @classmethod
@@ -26,51 +33,84 @@ class Schedule(NamedTuple):
             stages: Sequence[int],
             keep_ratio: Sequence[float],
             selection: str = 'stage',
+            slow_tokens: str = 'attention',
     ) -> 'Schedule':
         """Lay out the evolution stages over the blocks (paper section 'Slow-fast token evolution').
 
         Args:
             tradeoff: Weight of each block's class attention in the global class attention.
             stages: First block of each evolution stage, ascending.
-            keep_ratio: Ratio of informative patches in each stage, 1 for a stage that updates all of them.
+            keep_ratio: Ratio of slow tokens to patches in each stage, 1 for a stage that updates all of them.
             selection: 'stage', or 'layer' for stages of one block.
+            slow_tokens: Find slow tokens by class 'attention' or by 'similarity'.
         """
         starts = dict(zip(stages, keep_ratio))
         stage_keep_ratio: List[Optional[Tuple[int, int]]] = []
+        matching_rounds, nested = [], []
         seen: List[float] = []  # ratio of the patches that a block sees
         for i in range(len(tradeoff)):
-            seen.append(starts.get(i, seen[-1] if seen else 1.))
+            before = seen[-1] if seen else 1.
+            seen.append(starts.get(i, before))
             selects = i in starts or (selection == 'layer' and seen[i] < 1)
+            rounds, goes_on = 0, False
+            if slow_tokens == 'similarity':
+                selects, goes_on = seen[i] != before, seen[i] < before
+                rounds = num_matching_rounds(before if goes_on else 1., seen[i])
             stage_keep_ratio.append(as_fraction(seen[i]) if selects else None)
+            matching_rounds.append(rounds)
+            nested.append(goes_on)
         needs_class_attention = []
         read = False
         for i in reversed(range(len(tradeoff))):
             needs_class_attention.append(read)
             if seen[i] == 1 and tradeoff[i] == 1:
                 read = False  # this block replaces every entry, what was there before is not read
-            read = read or (stage_keep_ratio[i] is not None and seen[i] < 1)
-        return cls(stage_keep_ratio, needs_class_attention[::-1])
+            selects_by_attention = stage_keep_ratio[i] is not None and matching_rounds[i] == 0
+            read = read or (selects_by_attention and seen[i] < 1)
+        return cls(stage_keep_ratio, matching_rounds, nested, needs_class_attention[::-1])
 
     def part(self, start: int, stop: Optional[int] = None) -> 'Schedule':
         """The schedule of the blocks start .. stop - 1."""
-        return Schedule(self.stage_keep_ratio[start:stop], self.needs_class_attention[start:stop])
+        return Schedule(
+            self.stage_keep_ratio[start:stop], self.matching_rounds[start:stop], self.nested[start:stop],
+            self.needs_class_attention[start:stop])
 
 
 class StageState(NamedTuple):
     """What a stage sets aside until its end."""
-    x: torch.Tensor  # (B, N, C) the complete sequence as it was when the stage began
-    global_attn: torch.Tensor  # (B, n) global class attention at that moment
-    keep_idx: torch.Tensor  # (B, K) raster indices of the informative patches, in no order
-    batch_idx: torch.Tensor  # (B, 1) and
-    token_idx: torch.Tensor  # (B, P + K) where in x the slow tokens are
-    representative: Optional[torch.Tensor]  # (B, 1, C) representative token before its slow update
+    x: torch.Tensor  # (B, N, C) the sequence as it was when the stage began
+    slow: torch.Tensor  # (B, P + M, C) the prefix and slow tokens that were made of it
+    slow_idx: torch.Tensor  # (B, N) where in `slow` each token of x belongs, P + M for patches that wait
+    waits: bool  # there are such patches
 
 
 class Selection(NamedTuple):
-    """One token selection."""
-    block: int  # the first block that runs on the informative tokens only
-    keep_idx: torch.Tensor  # (B, K) raster indices of the informative patches, in no order
-    global_attn: torch.Tensor  # (B, n) global class attention that they were selected by
+    """One division of the patches among slow tokens."""
+    block: int  # the first block that runs on the slow tokens
+    group_idx: torch.Tensor  # (B, n) slow token of each patch, from num_groups on one that is shared by all the rest
+    num_groups: int
+    global_attn: Optional[torch.Tensor]  # (B, n) global class attention that decided, if it did
+
+
+class AttentionContext:
+    """What a block tells its attention layer beside the tokens, and where that layer leaves its class attention."""
+
+    def __init__(
+            self,
+            bias: Optional[torch.Tensor] = None,
+            rope: Optional[torch.Tensor] = None,
+            needs_class_attn: bool = False,
+    ) -> None:
+        """
+        Args:
+            bias: Added to the scaled dot products with each key, (B, 1, 1, N).
+            rope: Sine and cosine of the rotary embedding of each token behind the prefix, (B or 1, heads or 1, n, d).
+            needs_class_attn: Whether class attention is wanted.
+        """
+        self.bias = bias
+        self.rope = rope
+        self.needs_class_attn = needs_class_attn
+        self.class_attn = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, N)
 
 
 class EvolutionState:
@@ -84,19 +124,19 @@ class EvolutionState:
             tradeoff: Optional[torch.Tensor] = None,
             take_indices: Optional[List[int]] = None,
             global_attn: Optional[torch.Tensor] = None,
-            class_attn: Optional[torch.Tensor] = None,
+            rope: Optional[torch.Tensor] = None,
     ) -> None:
         """
         Args:
             tradeoff: Weights of the attention layers still to come in place of their fixed ones.
             take_indices: Blocks after which the complete sequence is wanted, also in the middle of a stage.
             global_attn: Global class attention (B, n), None where nothing later reads it.
-            class_attn: Class attention (B, N) of the last attention layer that was given this state.
+            rope: Sine and cosine of the rotary embedding of the patches, (1 or blocks, B or 1, heads or 1, n, d).
         """
         self.tradeoff = tradeoff
         self.take_indices = take_indices if take_indices is not None else torch.jit.annotate(List[int], [])
         self.global_attn = global_attn
-        self.class_attn = class_attn
+        self.rope = rope
         self.intermediates = torch.jit.annotate(List[torch.Tensor], [])  # (B, N, C) each
         self.selections = torch.jit.annotate(List[Selection], [])
 
@@ -110,12 +150,26 @@ def as_fraction(ratio: float) -> Tuple[int, int]:
     return Fraction(str(ratio)).limit_denominator(10 ** 12).as_integer_ratio()
 
 
-def num_kept(num_patches: int, keep_ratio: Tuple[int, int]) -> int:
-    """Number K of informative patches: `num_patches * keep_ratio`, rounded down, at least one."""
-    k = num_patches * keep_ratio[0] // keep_ratio[1]
+def larger(a: int, b: int) -> int:
+    """max(a, b), also of symbolic integers."""
     if torch.jit.is_scripting() or torch.jit.is_tracing():
-        return max(1, k)
-    return torch.sym_max(1, k)
+        return max(a, b)
+    return torch.sym_max(a, b)
+
+
+def num_kept(num_patches: int, keep_ratio: Tuple[int, int]) -> int:
+    """Number of slow tokens: `num_patches * keep_ratio`, rounded down, at least one."""
+    return larger(1, num_patches * keep_ratio[0] // keep_ratio[1])
+
+
+def num_matching_rounds(before: float, after: float) -> int:
+    """Rounds of matching that lead from one ratio of slow tokens to a lower one: each can join half of them."""
+    high, low = Fraction(*as_fraction(before)), Fraction(*as_fraction(after))
+    rounds = 0
+    while high > low:
+        high /= 2
+        rounds += 1
+    return rounds
 
 
 @torch.fx.wrap
@@ -144,6 +198,16 @@ def update_global_attn(
     return global_attn.lerp(class_attn, tradeoff)
 
 
+def flat_idx(token_idx: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Indices (B, M) into the tokens of each image to indices into the tokens (B * num_tokens) of all."""
+    return (token_idx + num_tokens * torch.arange(token_idx.shape[0], device=token_idx.device).unsqueeze(1)).flatten()
+
+
+def take_tokens(x: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, M, C) of x (B, N, C), by index (B, M): whole rows, faster on a CPU than gather or x[i, j]."""
+    return x.flatten(0, 1).index_select(0, flat_idx(token_idx, x.shape[1])).unflatten(0, token_idx.shape)
+
+
 @torch.fx.wrap
 def split_tokens(
         x: torch.Tensor,
@@ -151,8 +215,8 @@ def split_tokens(
         keep_ratio: Tuple[int, int],
         num_prefix_tokens: int,
         representative_token: bool,
-) -> Tuple[torch.Tensor, torch.Tensor, StageState]:
-    """Split a complete sequence into slow tokens and what is set aside (paper section 'Token selection').
+) -> Tuple[StageState, torch.Tensor, torch.Tensor]:
+    """Split a complete sequence by class attention (paper section 'Token selection').
 
     Args:
         x: Tokens (B, N, C).
@@ -162,7 +226,7 @@ def split_tokens(
         representative_token: Append the mean of the placeholders, weighted by `global_attn`, if there are any.
 
     Returns:
-        Slow tokens (B, P + K [+ 1], C), their global class attention (B, K) and the rest.
+        The stage, raster indices (B, K) of the informative patches and their global class attention (B, K).
     """
     B, N, _ = x.shape
     n = N - num_prefix_tokens
@@ -170,49 +234,221 @@ def split_tokens(
     kept_attn, keep_idx = global_attn.topk(K, dim=1, sorted=False)
     prefix_idx = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
     token_idx = torch.cat([prefix_idx, keep_idx + num_prefix_tokens], dim=1)
-    batch_idx = torch.arange(B, device=x.device).unsqueeze(1)
-    slow = x[batch_idx, token_idx]  # whole rows: about twice as fast on a CPU as gather by element
-    representative: Optional[torch.Tensor] = None
+    slow = take_tokens(x, token_idx)
+    order = torch.arange(num_prefix_tokens + K, device=x.device).expand(B, -1)
+    slow_idx = torch.full((B, N), num_prefix_tokens + K, device=x.device).scatter(1, token_idx, order)
     if representative_token and n > K:
         weight = global_attn.scatter(1, keep_idx, 0.)
         weight = weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-37)
         mean = weight.to(x.dtype).unsqueeze(1) @ x[:, num_prefix_tokens:]
         slow = torch.cat([slow, mean], dim=1)
-        representative = slow[:, -1:]
-    return slow, kept_attn, StageState(x, global_attn, keep_idx, batch_idx, token_idx, representative)
+    return StageState(x, slow, slow_idx, not representative_token), keep_idx, kept_attn
+
+
+@torch.fx.wrap
+def group_sums(tokens: torch.Tensor, weight: torch.Tensor, group_idx: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Sums (B, num_groups, C) of the tokens (B, n, C) in each group, weighted by (B, n); `group_idx` is (B, n)."""
+    B, n, C = tokens.shape
+    weighted = tokens * weight.to(tokens.dtype).unsqueeze(2)
+    out = tokens.new_zeros(B * num_groups, C)
+    return out.index_add_(0, flat_idx(group_idx, num_groups), weighted.reshape(B * n, C)).view(B, num_groups, C)
+
+
+@torch.fx.wrap
+def match_tokens(tokens: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """One round of bipartite matching (ToMe, https://arxiv.org/abs/2210.09461, section 3).
+
+    Every second token looks for the most similar one of the others, by cosine similarity. The most similar pairs are
+    joined until `num_groups` tokens are left; at most half of the tokens can be joined. Of equal pairs the earlier one
+    comes first.
+
+    Args:
+        tokens: (B, n, C).
+        num_groups: Number of groups, n // 2 at least.
+
+    Returns:
+        Group of each token, (B, n). Groups are numbered in the order of their odd or unmatched even token.
+    """
+    B, n, _ = tokens.shape
+    other = tokens[:, 1::2]
+    scores = F.normalize(tokens[:, ::2], dim=-1) @ other.transpose(1, 2)
+    scores = scores / torch.linalg.vector_norm(other, dim=-1).clamp_min(1e-12).unsqueeze(1)
+    best, partner = F.pad(scores, [0, 1], value=-2.).max(dim=-1)  # a column more: max fails where there is none
+    order = best.argsort(dim=1, descending=True, stable=True)
+    joined, single = order[:, :n - num_groups], order[:, n - num_groups:]
+    odd = torch.arange(1, n, 2, device=tokens.device).expand(B, -1)
+    first_idx = torch.cat([2 * single, odd], dim=1).sort(dim=1).values
+    numbers = torch.arange(num_groups, device=tokens.device).expand(B, -1)
+    group_idx = torch.zeros_like(tokens[:, :, 0], dtype=torch.int64).scatter(1, first_idx, numbers)
+    partner_group = group_idx.gather(1, 2 * partner.gather(1, joined) + 1)
+    return group_idx.scatter(1, 2 * joined, partner_group)
+
+
+@torch.fx.wrap
+def group_tokens(
+        x: torch.Tensor,
+        sizes: Optional[torch.Tensor],
+        num_groups: int,
+        num_prefix_tokens: int,
+) -> Tuple[StageState, torch.Tensor]:
+    """Split a sequence by similarity: one round of matching.
+
+    Args:
+        x: Tokens (B, N, C).
+        sizes: Number of patches that each token stands for, (B, N), None for one each.
+        num_groups: Number of slow tokens, (N - P) // 2 at least.
+        num_prefix_tokens: Number of tokens in front of the patches, P.
+
+    Returns:
+        The stage, whose slow tokens are means over patches, and the sizes of its tokens, (B, P + num_groups).
+    """
+    B = x.shape[0]
+    if sizes is None:
+        sizes = torch.ones_like(x[:, :, 0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    group_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
+    prefix_idx = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
+    slow_idx = torch.cat([prefix_idx, group_idx + num_prefix_tokens], dim=1)
+    slow_sizes = sizes.new_zeros(B, num_prefix_tokens + num_groups).scatter_add(1, slow_idx, sizes)
+    slow = group_sums(x, sizes / slow_sizes.gather(1, slow_idx), slow_idx, num_prefix_tokens + num_groups)
+    return StageState(x, slow, slow_idx, False), slow_sizes
 
 
 @torch.fx.wrap
 def merge_tokens(stage: StageState, slow: torch.Tensor) -> torch.Tensor:
-    """Slow tokens (B, P + K [+ 1], C) after any number of blocks to the complete sequence (B, N, C) in raster order.
+    """Slow tokens (B, P + M, C) after any number of blocks to the sequence (B, N, C) as it was before the stage.
 
-    Slow tokens return to their places. Placeholders receive what the blocks added to the representative token, or stay
-    as they were if there is none (paper section 'Slow-fast token updating').
+    Each token receives what the blocks added to its slow token (paper section 'Slow-fast token updating').
     """
-    x, representative = stage.x, stage.representative
-    if representative is None:
-        x = x.clone()
-    else:
-        x = x + (slow[:, -1:] - representative)
-        slow = slow[:, :-1]
-    x[stage.batch_idx, stage.token_idx] = slow
-    return x
+    update = slow - stage.slow
+    if stage.waits:
+        update = F.pad(update, [0, 0, 0, 1])
+    return stage.x + take_tokens(update, stage.slow_idx)
 
 
-def with_class_attention(block: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+@torch.fx.wrap
+def group_rope(
+        rope: torch.Tensor,
+        group_idx: torch.Tensor,
+        num_groups: int,
+        representative_token: bool,
+) -> torch.Tensor:
+    """Rotary embedding of slow tokens, (B, heads or 1, M, d), from that of the patches, (B or 1, heads or 1, n, d).
+
+    It is the mean over the patches of a slow token: a query of the one patch of an informative token is rotated as
+    ever, and the dot product with a group is the mean of those with its patches, were they alike. The representative
+    token is not rotated, as prefix tokens are not: it stands for patches all over the image.
+    """
+    B, n = group_idx.shape
+    heads, d = rope.shape[1], rope.shape[3]
+    ones = torch.ones_like(group_idx, dtype=rope.dtype)
+    sizes = ones.new_zeros(B, num_groups + 1).scatter_add(1, group_idx, ones)  # the last is that of the rest
+    rows = rope.transpose(1, 2).reshape(-1, n, heads * d).expand(B, -1, -1)
+    means = group_sums(rows, 1 / sizes.gather(1, group_idx), group_idx, num_groups + 1)
+    out = means[:, :num_groups].reshape(B, num_groups, heads, d).transpose(1, 2)
+    if representative_token and n > num_groups:
+        identity = torch.cat([torch.zeros_like(out[:, :, :1, :d // 2]), torch.ones_like(out[:, :, :1, d // 2:])], dim=3)
+        out = torch.cat([out, identity], dim=2)
+    return out
+
+
+def run_block(
+        block: nn.Module,
+        x: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        rope: Optional[torch.Tensor],
+        needs_class_attn: bool,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """Output of a block and its class attention. Checkpointing needs a function without side effects."""
-    state = EvolutionState()
-    x = block(x, state)
-    return x, state.class_attn
+    context = AttentionContext(bias, rope, needs_class_attn)
+    x = block(x, context)
+    return x, context.class_attn
+
+
+class Stages:
+    """The evolution stages that go on at one point of a sequence of blocks; nested ones begin and end together."""
+
+    def __init__(self, x: torch.Tensor, num_prefix_tokens: int, representative_token: bool) -> None:
+        """
+        Args:
+            x: Complete sequence (B, N, C).
+            num_prefix_tokens: Number of tokens in front of the patches, P.
+            representative_token: Update placeholders by a representative token.
+        """
+        self.num_prefix_tokens = num_prefix_tokens
+        self.num_patches = x.shape[1] - num_prefix_tokens
+        self.representative_token = representative_token
+        self.states = torch.jit.annotate(List[StageState], [])  # the outermost first
+        self.selection = torch.jit.annotate(Optional[Selection], None)
+        self.keep_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, K) raster indices of informative patches
+        self.sizes = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, P + M) number of patches of each token
+
+    def begin_by_attention(
+            self, block: int, x: torch.Tensor, keep_ratio: Tuple[int, int], global_attn: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Select informative patches of a complete sequence; returns slow tokens and their global class attention."""
+        stage, keep_idx, kept_attn = split_tokens(
+            x, global_attn, keep_ratio, self.num_prefix_tokens, self.representative_token)
+        self.states.append(stage)
+        self.keep_idx = keep_idx
+        group_idx = stage.slow_idx[:, self.num_prefix_tokens:] - self.num_prefix_tokens
+        self.selection = Selection(block, group_idx, num_kept(self.num_patches, keep_ratio), global_attn)
+        return stage.slow, kept_attn
+
+    def begin_by_similarity(
+            self, block: int, x: torch.Tensor, keep_ratio: Tuple[int, int], rounds: int,
+    ) -> torch.Tensor:
+        """Group like tokens, also those of a stage that goes on; returns slow tokens."""
+        P = self.num_prefix_tokens
+        num_groups = num_kept(self.num_patches, keep_ratio)
+        for _ in range(rounds):
+            stage, sizes = group_tokens(x, self.sizes, larger(num_groups, (x.shape[1] - P) // 2), P)
+            self.states.append(stage)
+            self.sizes = sizes
+            group_idx, selection = stage.slow_idx[:, P:] - P, self.selection
+            if selection is not None:
+                group_idx = group_idx.gather(1, selection.group_idx)
+            self.selection = Selection(block, group_idx, num_groups, None)
+            x = stage.slow
+        return x
+
+    def merge(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens inside the stages to the complete sequence (B, N, C) in raster order."""
+        for i in range(len(self.states)):
+            x = merge_tokens(self.states[len(self.states) - 1 - i], x)
+        return x
+
+    def merge_attn(self, global_attn: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        """Global class attention (B, K) of informative patches to (B, n): placeholders keep what they had."""
+        selection, keep_idx = self.selection, self.keep_idx
+        if global_attn is None or selection is None or keep_idx is None:
+            return global_attn
+        attn_before = selection.global_attn
+        assert attn_before is not None
+        return attn_before.scatter(1, keep_idx, global_attn)
+
+    def attention_bias(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """Logarithm of the number of patches that each key stands for, (B, 1, 1, N)."""
+        sizes = self.sizes
+        if sizes is None:
+            return None
+        return sizes.log().to(x.dtype)[:, None, None]
+
+    def divide_rope(self, rope: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding of the patches, (B or 1, heads or 1, n, d), to that of the slow tokens."""
+        selection = self.selection
+        if selection is None:
+            return rope
+        representative_token = self.representative_token and self.keep_idx is not None
+        return group_rope(rope, selection.group_idx, selection.num_groups, representative_token)
 
 
 class EvolvingSequential(nn.Sequential):
     """Transformer blocks that evolve slow and fast tokens, in place of the `nn.Sequential` of a dense model.
 
-    A block maps (B, N, C) to (B, N, C). Where class attention is needed, it is called as `block(x, state)` and writes
-    that attention, (B, N), to `state.class_attn`. Each block has a module `grid`, an identity, that is called with the
-    complete sequence where a stage starts at this block: a place for hooks. `tradeoff` is the weight of each block's
-    class attention in the global class attention.
+    A block maps (B, N, C) to (B, N, C). Where there is anything to tell its attention layer, it is called as
+    `block(x, context)`. Each block has a module `grid`, an identity, that is called with the complete sequence where a
+    stage starts at this block and no other goes on around it: a place for hooks. `tradeoff` is the weight of each
+    block's class attention in the global class attention.
     """
     schedule: Schedule
     layerwise_schedule: Optional[Schedule]
@@ -265,33 +501,48 @@ class EvolvingSequential(nn.Sequential):
         schedule, layerwise = self.schedule, self.layerwise_schedule
         if self.training and layerwise is not None:
             schedule = layerwise
-        tradeoff, global_attn = state.tradeoff, state.global_attn
-        stage: Optional[StageState] = None
+        tradeoff, global_attn, rope = state.tradeoff, state.global_attn, state.rope
+        stages = Stages(x, self.num_prefix_tokens, self.representative_token)
+        bias: Optional[torch.Tensor] = None
+        block_rope: Optional[torch.Tensor] = None
         for i, block in enumerate(self):
             keep_ratio = schedule.stage_keep_ratio[i]
             if keep_ratio is not None:
-                if stage is not None:
-                    x = merge_tokens(stage, x)
-                    if global_attn is not None:  # placeholders keep the entries they had
-                        global_attn = stage.global_attn.scatter(1, stage.keep_idx, global_attn)
-                    stage = None
-                x = block.grid(x)
+                if not schedule.nested[i] or len(stages.states) == 0:
+                    x, global_attn = stages.merge(x), stages.merge_attn(global_attn)
+                    stages = Stages(x, self.num_prefix_tokens, self.representative_token)
+                    x = block.grid(x)
                 if keep_ratio[0] < keep_ratio[1]:
-                    assert global_attn is not None, 'tokens cannot be selected before any class attention is known'
-                    x, global_attn, stage = split_tokens(
-                        x, global_attn, keep_ratio, self.num_prefix_tokens, self.representative_token)
-                    state.selections.append(Selection(i, stage.keep_idx, stage.global_attn))
+                    if schedule.matching_rounds[i] > 0:
+                        x = stages.begin_by_similarity(i, x, keep_ratio, schedule.matching_rounds[i])
+                    else:
+                        assert global_attn is not None, 'tokens cannot be selected before any class attention is known'
+                        x, global_attn = stages.begin_by_attention(i, x, keep_ratio, global_attn)
+                    selection = stages.selection
+                    assert selection is not None
+                    state.selections.append(selection)
+                bias = stages.attention_bias(x)
             if not schedule.needs_class_attention[i]:
                 global_attn = None
-            if schedule.needs_class_attention[i] and (
-                    global_attn is None or tradeoff is not None or self.tradeoff[i] > 0):
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x, class_attn = checkpoint(partial(with_class_attention, block), x)
+            needs_class_attn = schedule.needs_class_attention[i] and (
+                global_attn is None or tradeoff is not None or self.tradeoff[i] > 0)
+            if rope is not None and (i == 0 or keep_ratio is not None or rope.shape[0] > 1):
+                block_rope = stages.divide_rope(rope[i if rope.shape[0] > 1 else 0])
+            class_attn: Optional[torch.Tensor] = None
+            plain = not needs_class_attn and bias is None and block_rope is None
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                if plain:
+                    x = checkpoint(block, x)
                 else:
-                    x = block(x, state)
-                    class_attn = state.class_attn
-                    state.class_attn = None
-                assert class_attn is not None, 'the block does not write its class attention'
+                    x, class_attn = checkpoint(partial(run_block, block), x, bias, block_rope, needs_class_attn)
+            elif plain:
+                x = block(x)
+            else:
+                context = AttentionContext(bias, block_rope, needs_class_attn)
+                x = block(x, context)
+                class_attn = context.class_attn
+            if needs_class_attn:
+                assert class_attn is not None, 'the block does not leave its class attention'
                 if not self.representative_token:
                     class_attn = class_attn.detach()  # it decides which tokens are selected, and nothing else
                 if global_attn is None:
@@ -300,17 +551,9 @@ class EvolvingSequential(nn.Sequential):
                     class_attn = class_attn[:, self.num_prefix_tokens:self.num_prefix_tokens + global_attn.shape[1]]
                     global_attn = update_global_attn(
                         global_attn, class_attn, self.tradeoff[i], None if tradeoff is None else tradeoff[i])
-            elif self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
             if i in state.take_indices:
-                state.intermediates.append(x if stage is None else merge_tokens(stage, x))
-        if stage is not None:
-            x = merge_tokens(stage, x)
-            if global_attn is not None:
-                global_attn = stage.global_attn.scatter(1, stage.keep_idx, global_attn)
-        state.global_attn = global_attn
+                state.intermediates.append(stages.merge(x))
+        state.global_attn = stages.merge_attn(global_attn)
         if tradeoff is not None:
             state.tradeoff = tradeoff[len(self.tradeoff):]
-        return x
+        return stages.merge(x)

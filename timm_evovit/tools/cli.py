@@ -40,7 +40,11 @@ def _visualize(args: argparse.Namespace) -> int:
     if not trained:
         print('timm-evovit: the weights are random; --pretrained or --checkpoint give others', file=sys.stderr)
     model: Any = timm.create_model(args.model, pretrained=trained, **kwargs)
-    model = (model if hasattr(model, 'forward_selections') else evolve(model)).to(args.device)
+    if not hasattr(model, 'forward_selections'):
+        model = evolve(model, slow_tokens='attention' if args.attention else 'similarity')
+    if args.attention and model.slow_tokens != 'attention':
+        raise ValueError(f"--attention needs slow_tokens='attention', the model has {model.slow_tokens!r}")
+    model = model.to(args.device)
 
     args.output.mkdir(parents=True, exist_ok=True)
     drawings, unread, names = [], 0, {'sheet'}
@@ -86,9 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         '--push-to-hub', metavar='ORG/NAME', help='also upload to the Hugging Face Hub, as the user of `hf auth login`')
 
     command = commands.add_parser(
-        'visualize', help='draw which patches a model calls informative',
-        description='Draw one PNG per image: the picture and, for each token selection, the picture with uninformative '
-                    'patches faded. An image that cannot be read is named and skipped; the exit status is then 1.')
+        'visualize', help='draw which patches a model calls informative, or which share a slow token',
+        description='Draw one PNG per image: the picture and, for each stage, the picture with uninformative patches '
+                    'faded, or with the patches that share a slow token in one colour. An image that cannot be read is '
+                    'named and skipped; the exit status is then 1.')
     command.set_defaults(run=_visualize)
     command.add_argument('images', metavar='IMAGE', nargs='+', help='image file, folder of images or glob pattern')
     command.add_argument(

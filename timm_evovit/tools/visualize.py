@@ -1,4 +1,4 @@
-"""Draw which patches a model calls informative."""
+"""Draw which patches a model calls informative, or which share a slow token."""
 import glob
 from pathlib import Path
 from typing import Iterable, Iterator, List, Sequence, Tuple, Union
@@ -48,34 +48,51 @@ def open_image(path: Path, mode: str = 'RGB') -> Image.Image:
 
 
 def draw(pixels: torch.Tensor, tokens: Sequence[InformativeTokens], attention: bool, caption: str) -> Image.Image:
-    """Draw a picture and, for each selection, the picture with uninformative patches faded.
+    """Draw a picture and, for each stage, the picture with uninformative patches faded, or with its groups of patches.
+
+    Patches that share a slow token by similarity are painted in their mean colour, with a line around each group.
 
     Args:
         pixels: What the model saw, (3, H, W) in [0, 1].
-        tokens: Selections of this one image, masks and attention (h, w).
+        tokens: Stages of this one image; masks, groups and attention are (h, w).
         attention: Add the class attention behind each selection as a heat map.
         caption: Line below.
     """
-    def upsample(grid: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(grid[None, None].float(), pixels.shape[-2:])[0]
+    height, width = (round(n * max(PANEL / pixels.shape[1], 1)) for n in pixels.shape[1:])
 
-    panels = {'picture': pixels}
+    def upsample(grid: torch.Tensor, size: Sequence[int] = pixels.shape[-2:]) -> torch.Tensor:
+        return F.interpolate(grid[None, None].float(), size)[0]
+
+    def panel(picture: torch.Tensor) -> Image.Image:
+        return to_pil_image(picture).resize((width, height), Image.Resampling.NEAREST)
+
+    panels = {'picture': panel(pixels)}
     for t in tokens:
-        panels[f'informative from block {t.block}'] = torch.where(upsample(t.mask) > 0, pixels, 0.2 * pixels + 0.5)
+        if t.attention is None:
+            group = upsample(t.groups).long().flatten()
+            sums = pixels.new_zeros(3, int(group.max()) + 1).index_add(1, group, pixels.flatten(1))
+            means = (sums / group.bincount())[:, group].view_as(pixels)
+            image = panel(torch.where(upsample(t.mask) > 0, pixels, means))
+            lines = F.pad(upsample(t.groups, (height, width))[0], [0, 1, 0, 1], value=-1.)
+            edge = (lines[:-1, :-1] != lines[1:, :-1]) | (lines[:-1, :-1] != lines[:-1, 1:])
+            image.paste('white', mask=to_pil_image(edge.float()))
+            panels[f'groups from block {t.block}'] = image
+            continue
+        faded = torch.where(upsample(t.mask) > 0, pixels, 0.2 * pixels + 0.5)
+        panels[f'informative from block {t.block}'] = panel(faded)
         if attention:
             low, high = t.attention.aminmax()
             heat = upsample((t.attention - low) / (high - low).clamp_min(1e-12))
             colours = torch.cat([(3 * heat - i).clamp(0, 1) for i in range(3)])  # black, red, yellow, white
-            panels[f'attention before block {t.block}'] = 0.25 * pixels + 0.75 * colours
-    height, width = (round(n * max(PANEL / pixels.shape[1], 1)) for n in pixels.shape[1:])
+            panels[f'attention before block {t.block}'] = panel(0.25 * pixels + 0.75 * colours)
     font = ImageFont.load_default(13)
     total = max(GAP + len(panels) * (width + GAP), round(font.getlength(caption)) + 2 * GAP)
     out = Image.new('RGB', (total, height + 2 * (GAP + LINE)), 'white')
     pen = ImageDraw.Draw(out)
-    for i, (label, panel) in enumerate(panels.items()):
+    for i, (label, image) in enumerate(panels.items()):
         x = GAP + i * (width + GAP)
         pen.text((x, GAP), label, fill='black', font=font)
-        out.paste(to_pil_image(panel).resize((width, height), Image.Resampling.NEAREST), (x, GAP + LINE))
+        out.paste(image, (x, GAP + LINE))
     pen.text((GAP, out.height - LINE - GAP // 2), caption, fill='black', font=font)
     return out
 
@@ -115,7 +132,9 @@ def visualize(
             continue
         batch = x.unsqueeze(0).to(weight.device, weight.dtype)
         selections = informative_tokens(model, batch)
-        tokens = [InformativeTokens(t.block, t.mask[0].cpu(), t.attention[0].float().cpu()) for t in selections]
+        tokens = [InformativeTokens(
+            t.block, t.mask[0].cpu(), t.groups[0].cpu(), None if t.attention is None else t.attention[0].float().cpu(),
+        ) for t in selections]
         caption = path.name
         if labels is not None:
             with eval_mode(model):
