@@ -1,19 +1,44 @@
 """The command timm-evovit."""
 import argparse
+import importlib.util
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
+import torch
 from huggingface_hub.utils import validate_repo_id
+from timm.data import create_loader
 from timm.utils import ParseKwargs
 from tqdm import tqdm
 
+from ..base import check
 from ..evo_vit import evolve
 from .convert import convert, count_classes, read_weights, upload
-from .visualize import find_images, sheet, visualize
+from .sweep import Setting, collate, find_pictures, sweep
+from .sweep_report import describe, how_to_use, plot, table, write
+from .visualize import data_config, find_images, sheet, visualize
 
 __all__ = ['main']
+
+
+DATA = ('crop_pct', 'interpolation', 'mean', 'std')  # options of timm's scripts that replace the model's configuration
+
+
+def _read_model(args: argparse.Namespace) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor]]:
+    """Arguments of the model that the command line describes, and the weights of its checkpoint."""
+    sizes = {k: getattr(args, k) for k in ('img_size', 'num_classes') if getattr(args, k) is not None}
+    kwargs: Dict[str, Any] = {**args.model_kwargs, **sizes}
+    weights: Dict[str, torch.Tensor] = {}
+    if args.checkpoint:
+        _, weights = read_weights(args.checkpoint, args.use_ema)
+        if classes := count_classes(weights):
+            kwargs.setdefault('num_classes', classes)
+    elif not args.pretrained:
+        print('timm-evovit: the weights are random; --pretrained or --checkpoint give others', file=sys.stderr)
+    return kwargs, weights
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -28,17 +53,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _visualize(args: argparse.Namespace) -> int:
     paths = find_images(args.images, args.output)
-    sizes = {k: getattr(args, k) for k in ('img_size', 'num_classes') if getattr(args, k) is not None}
-    kwargs = {**args.model_kwargs, **sizes}
-    if args.checkpoint:
-        _, weights = read_weights(args.checkpoint)
-        if classes := count_classes(weights):
-            kwargs.setdefault('num_classes', classes)
+    kwargs, weights = _read_model(args)
+    if weights:
         kwargs['pretrained_cfg_overlay'] = dict(
             state_dict=weights, source=None, num_classes=kwargs.get('num_classes', 1000))
-    trained = args.pretrained or bool(args.checkpoint)
-    if not trained:
-        print('timm-evovit: the weights are random; --pretrained or --checkpoint give others', file=sys.stderr)
+    trained = args.pretrained or bool(weights)
     model: Any = timm.create_model(args.model, pretrained=trained, **kwargs)
     if not hasattr(model, 'forward_selections'):
         model = evolve(model, slow_tokens='attention' if args.attention else 'similarity')
@@ -66,6 +85,89 @@ def _visualize(args: argparse.Namespace) -> int:
         sheet(drawings).save(args.output / 'sheet.png')
     print(f'{args.output}: {len(paths) - unread} of {len(paths)} images drawn')
     return int(unread > 0)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    for ratio in args.keep_ratio:
+        check(0 < ratio <= 1, '--keep-ratio', 'in (0, 1]', ratio)
+    check(args.max_drop >= 0, '--max-drop', '0 or more points', args.max_drop)
+    for name in ('limit', 'batch_size', 'rounds'):
+        value = getattr(args, name)
+        check(value is None or value > 0, f'--{name.replace("_", "-")}', '1 or more', value)
+    kwargs, weights = _read_model(args)
+    dense: Any = timm.create_model(args.model, pretrained=args.pretrained, **kwargs)
+    if weights:
+        dense.load_state_dict(weights)  # as timm's scripts do
+    check(dense.num_classes > 0, 'num_classes', '1 or more', dense.num_classes)
+    dense = dense.to(args.device).eval()
+    evolves = hasattr(dense, 'set_keep_ratio')
+    model = dense if evolves else evolve(dense)
+    settings = [Setting(model, ratio, args.amp_dtype) for ratio in sorted({1., *args.keep_ratio}, reverse=True)]
+    if not evolves:
+        settings.insert(0, Setting(dense, None, args.amp_dtype))
+
+    options = {k: getattr(args, k) for k in DATA if getattr(args, k) is not None}
+    data = data_config(dense, options)
+    pictures = find_pictures(
+        args.data_dir, args.dataset, args.split, args.class_map, None if args.no_labels else dense.num_classes,
+        mode='L' if dense.in_chans == 1 else 'RGB', limit=args.limit)
+    loader = create_loader(
+        pictures, batch_size=args.batch_size, num_workers=args.workers, persistent_workers=False, use_prefetcher=False,
+        collate_fn=collate, **data)
+
+    report: Dict[str, Any] = {
+        'model': args.model, 'checkpoint': args.checkpoint, 'pretrained': args.pretrained, 'data_dir': args.data_dir,
+        'split': args.split, 'batch_size': args.batch_size, 'device': args.device, 'amp_dtype': args.amp_dtype,
+        'max_drop': args.max_drop, 'timm': timm.__version__, 'torch': torch.__version__}
+    if torch.device(args.device).type == 'cuda':
+        report['device'] = torch.cuda.get_device_name(args.device)
+    created = [folder for folder in (args.output, *args.output.parents) if not folder.exists()]
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output):
+            pass  # it is better to know now that the folder cannot be written
+        report.update(sweep(
+            settings, loader, torch.randn(args.batch_size, *data['input_size'], device=args.device),
+            not args.no_labels, args.max_drop, args.rounds,
+            lambda result: write(args.output / 'sweep.json', {**report, **result})))
+    except BaseException:
+        for folder in created:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
+        raise
+
+    name, ratio = args.model, report['chosen']['keep_ratio']
+    if ratio is not None:
+        if not evolves:
+            name, kwargs = 'evo_vit', {'base': args.model, **kwargs}
+        kwargs['keep_ratio'] = ratio
+    if data['input_size'] != tuple(dense.pretrained_cfg['input_size']):
+        options['input_size'] = data['input_size']
+    report['python'], report['arguments'] = how_to_use(
+        name, kwargs, args.pretrained, args.checkpoint, args.use_ema, options)
+    write(args.output / 'sweep.json', report)
+    if importlib.util.find_spec('matplotlib'):
+        write(args.output / 'sweep.png', plot(report))
+    else:
+        print('timm-evovit: sweep.png needs matplotlib (pip install matplotlib) and was not drawn', file=sys.stderr)
+    print(f'\n{report["images"]} pictures, {len(report["skipped"])} skipped\n\n{table(report["rows"])}\n')
+    print(describe(report))
+    if not report['complete']:
+        raise KeyboardInterrupt
+    return 0
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """Add the options that describe the model."""
+    weights = command.add_mutually_exclusive_group()
+    weights.add_argument('--checkpoint', metavar='FILE', help="weights, of timm's train.py or of the authors")
+    weights.add_argument('--pretrained', action='store_true', help="the model's pretrained weights")
+    command.add_argument('--use-ema', action='store_true', help="the checkpoint's moving average of the weights")
+    command.add_argument('--img-size', metavar='N', type=int, help="input size, the model's own by default")
+    command.add_argument('--num-classes', metavar='N', type=int, help="the checkpoint's or the model's own by default")
+    command.add_argument('--device', default='cpu')
+    command.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='arguments of the model')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,17 +200,48 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('images', metavar='IMAGE', nargs='+', help='image file, folder of images or glob pattern')
     command.add_argument(
         '--model', metavar='NAME', required=True, help='Evo-ViT, or a Vision Transformer of timm, which is evolved')
-    weights = command.add_mutually_exclusive_group()
-    weights.add_argument('--checkpoint', metavar='FILE', help="weights, of timm's train.py or of the authors")
-    weights.add_argument('--pretrained', action='store_true', help="the model's pretrained weights")
     command.add_argument('--output', metavar='DIR', required=True, type=Path, help='folder to write to')
     command.add_argument('--attention', action='store_true', help='also draw the class attention behind each selection')
     command.add_argument('--sheet', action='store_true', help='also write sheet.png, all drawings one below the other')
-    command.add_argument('--img-size', metavar='N', type=int, help="input size, the model's own by default")
-    command.add_argument('--num-classes', metavar='N', type=int, help="the checkpoint's or the model's own by default")
-    command.add_argument('--device', default='cpu')
+    _add_model(command)
+
+    command = commands.add_parser(
+        'sweep', help='measure speed and accuracy over keep ratios, on your model and pictures',
+        description='Compare keep ratios with the dense model, without training, and name the fastest that loses no '
+                    'more accuracy than --max-drop. Writes sweep.json and, with matplotlib, sweep.png. The 95 %% '
+                    'intervals are those of the difference between two models on the same pictures (adjusted Wald '
+                    'interval of Agresti and Min); without labels, of the ratio of predictions that differ (Agresti '
+                    'and Coull). A picture that cannot be read is named and skipped. Interrupted, it leaves what it '
+                    'has measured.')
+    command.set_defaults(run=_sweep)
     command.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='arguments of the model')
+        'model', metavar='MODEL', help='Evo-DeiT, Evo-LeViT, or a Vision Transformer of timm, which is evolved')
+    command.add_argument('--data-dir', metavar='DIR', required=True, help='folder of pictures, tar file, or dataset')
+    command.add_argument('--output', metavar='DIR', required=True, type=Path, help='folder to write to')
+    command.add_argument('--dataset', metavar='TYPE/NAME', default='', help='torch/NAME or hfds/NAME')
+    command.add_argument('--split', metavar='NAME', default='validation', help='default: validation')
+    command.add_argument('--class-map', metavar='FILE', default='', help='numbers of the classes')
+    command.add_argument(
+        '--no-labels', action='store_true',
+        help="only compare predictions with the dense model's, for pictures without classes")
+    command.add_argument('--limit', metavar='N', type=int, help='take N pictures, drawn at random but always the same')
+    command.add_argument(
+        '--keep-ratio', metavar='R', type=float, nargs='+', default=[1., 0.9, 0.7, 0.5, 0.3],
+        help='default: 1 0.9 0.7 0.5 0.3; 1 is always measured')
+    command.add_argument(
+        '--max-drop', metavar='POINTS', type=float, default=0.5,
+        help='top-1 that may be lost, or with --no-labels the percentage of predictions that may differ (default: 0.5)')
+    command.add_argument('-b', '--batch-size', metavar='N', type=int, default=64, help='default: 64')
+    command.add_argument('-j', '--workers', metavar='N', type=int, default=4, help='default: 4')
+    command.add_argument('--rounds', metavar='N', type=int, default=7, help='rounds of timing (default: 7)')
+    command.add_argument('--amp-dtype', choices=['bfloat16', 'float16'], help='mixed precision (default: float32)')
+    _add_model(command)
+    command.set_defaults(device='cuda' if torch.cuda.is_available() else 'cpu')
+    replace = command.add_argument_group("options that replace the model's data configuration, as in timm's scripts")
+    replace.add_argument('--crop-pct', metavar='RATIO', type=float)
+    replace.add_argument('--interpolation', metavar='NAME')
+    replace.add_argument('--mean', metavar='VALUE', type=float, nargs='+')
+    replace.add_argument('--std', metavar='VALUE', type=float, nargs='+')
     return parser
 
 

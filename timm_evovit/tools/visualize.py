@@ -1,7 +1,7 @@
 """Draw which patches a model calls informative, or which share a slow token."""
 import glob
 from pathlib import Path
-from typing import Iterable, Iterator, List, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from ..base import InformativeTokens, eval_mode, informative_tokens
 
-__all__ = ['draw', 'find_images', 'open_image', 'sheet', 'visualize']
+__all__ = ['data_config', 'draw', 'find_images', 'open_image', 'sheet', 'visualize']
 
 PANEL, GAP, LINE = 224, 8, 18  # pixels: smallest height of a panel, space between panels, height of a line of text
 
@@ -45,6 +45,19 @@ def open_image(path: Path, mode: str = 'RGB') -> Image.Image:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
         return image.convert(mode)
+
+
+def data_config(model: nn.Module, args: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    """timm's data configuration for the size and the number of channels that the model is built for.
+
+    `args` are arguments of timm's scripts that replace the model's own configuration.
+    """
+    data = resolve_model_data_config(model, args)
+    img_size = getattr(model, 'img_size', None) or getattr(model.patch_embed, 'img_size', None)
+    data['input_size'] = (model.in_chans, *(img_size or data['input_size'][1:]))
+    if model.in_chans == 1:
+        data.update({k: (sum(data[k]) / len(data[k]),) for k in ('mean', 'std')})
+    return data
 
 
 def draw(pixels: torch.Tensor, tokens: Sequence[InformativeTokens], attention: bool, caption: str) -> Image.Image:
@@ -115,11 +128,7 @@ def visualize(
 
     `classes` adds the five most probable classes to the caption if the model has the thousand classes of ImageNet.
     """
-    data = resolve_model_data_config(model)
-    img_size = getattr(model, 'img_size', None) or getattr(model.patch_embed, 'img_size', None)
-    data['input_size'] = (model.in_chans, *(img_size or data['input_size'][1:]))
-    if model.in_chans == 1:
-        data.update({k: (sum(data[k]) / len(data[k]),) for k in ('mean', 'std')})
+    data = data_config(model)
     transform = create_transform(**data)
     mean, std = (torch.tensor(data[k]).view(-1, 1, 1) for k in ('mean', 'std'))
     weight = next(model.parameters())

@@ -1,0 +1,111 @@
+"""What a sweep over keep ratios has found: table, words, plot and the files."""
+import json
+import shlex
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+__all__ = ['describe', 'how_to_use', 'plot', 'table', 'write']
+
+FEW = 1000  # pictures; with fewer the intervals are wide
+FLAGS = {'num_classes': '--num-classes', 'in_chans': '--in-chans', 'global_pool': '--gp'}  # of timm's scripts
+
+
+def table(rows: Sequence[Dict[str, Any]]) -> str:
+    """Rows as text, with speed-up over keep ratio 1 if that is not the dense model."""
+    columns = [
+        ('keep ratio', 'keep_ratio', '{:g}'), ('top-1 %', 'top1', '{:.2f}'), ('top-5 %', 'top5', '{:.2f}'),
+        ('agreement %', 'agreement', '{:.2f}'), ('points lost' if 'top1' in rows[0] else '% differ', 'lost', '{:.2f}'),
+        ('95 % interval', 'lost_interval', '{0[0]:.2f} to {0[1]:.2f}'), ('img/s', 'images_per_second', '{:.1f}'),
+        ('speed-up', 'speed_up', '{:.2f}'), ('over ratio 1', 'speed_up_over_keep_ratio_1', '{:.2f}'),
+        ('M multiply-adds', 'multiply_adds', '{:.1f}')]
+    absent = {'keep_ratio': 'dense', 'lost_interval': ''}
+    if rows[0]['keep_ratio'] is not None:
+        columns.pop(-2)  # keep ratio 1 is the dense model
+    columns = [column for column in columns if column[1] in rows[0]]
+    cells = [[title for title, _, _ in columns]]
+    for row in rows:
+        row = {**row, 'multiply_adds': row['multiply_adds'] / 1e6}
+        cells.append([absent[key] if row[key] is None else form.format(row[key]) for _, key, form in columns])
+    if rows[0]['keep_ratio'] is not None:
+        cells[1][0] += ' (dense)'
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells)
+
+
+def describe(report: Dict[str, Any]) -> str:
+    """The choice in words, and how to use it."""
+    dense, chosen, most = report['rows'][0], report['chosen'], report['max_drop']
+    limit = f'lose at most {most:g} points of top-1' if 'top1' in dense else f'change at most {most:g} % of predictions'
+    if chosen == dense:
+        lines = [f'No keep ratio below 1 is faster than the dense model and would {limit}. To use the dense model:']
+    else:
+        result = 'top-1 is {:.2f} %, not {:.2f} %'.format(
+            chosen['top1'], dense['top1']) if 'top1' in dense else f'{chosen["lost"]:.2f} % of predictions change'
+        lines = [f'Of the keep ratios that {limit}, {chosen["keep_ratio"]:g} is the fastest: '
+                 f'{chosen["speed_up"]:.2f} times as fast as the dense model; {result}.']
+        if report['images'] < FEW:
+            lines += ['{} pictures are few: on more of them it may be {:.2f} to {:.2f} {} (95 % interval).'.format(
+                report['images'], *chosen['lost_interval'], 'points lost' if 'top1' in dense else '% that change')]
+    return '\n'.join([*lines, '', 'In Python:', report['python'], '', "For timm's scripts:", report['arguments']])
+
+
+def plot(report: Dict[str, Any]) -> Any:
+    """Draw accuracy, or without labels agreement with the dense model, against speed. Returns matplotlib's figure."""
+    from matplotlib.figure import Figure
+    rows, max_drop = report['rows'], report['max_drop']
+    dense = rows[0].get('top1', 100.)
+    figure = Figure(figsize=(7.2, 4.6), layout='constrained')
+    axis = figure.add_subplot()
+    points = [(r['images_per_second'], dense - r['lost']) for r in rows]
+    for i, ((x, _), (low, high)) in enumerate(zip(points[1:], [r['lost_interval'] for r in rows[1:]])):
+        axis.plot([x, x], [dense - high, dense - low], color='0.65', label=None if i else '95 % interval')
+    axis.plot(*zip(*(p for p, r in zip(points, rows) if r['keep_ratio'])), 'o-', color='C0', label='keep ratio')
+    axis.plot(*points[0], 's', color='black', mfc='white', ms=8, label='dense model')
+    axis.plot(*points[rows.index(report['chosen'])], 'o', color='black', mfc='none', ms=14, label='chosen')
+    axis.axhline(dense - max_drop, color='0.3', ls='--', lw=1, label=f'{max_drop:g} points less')
+    for r, point in zip(rows, points):
+        if r['keep_ratio']:
+            axis.annotate(
+                f'{r["keep_ratio"]:g}', point, (9, 9), textcoords='offset points',
+                bbox=dict(facecolor='white', edgecolor='none', alpha=0.8, pad=1))
+    axis.set_title(f'{report["model"]}, {report["images"]} pictures', fontsize=10, wrap=True)
+    axis.set_xlabel(f'images per second, batch {report["batch_size"]}, {report["device"]}')
+    axis.set_ylabel('top-1 (%)' if 'top1' in rows[0] else 'same prediction as the dense model (%)')
+    axis.margins(0.1)
+    axis.grid(alpha=0.3)
+    figure.legend(loc='outside lower center', ncols=5, frameon=False, fontsize=8)
+    return figure
+
+
+def write(path: Path, content: Any) -> None:
+    """Write JSON or a figure of matplotlib beside its place and move it there when it is complete."""
+    partial = path.with_name(f'.{path.name}')
+    if path.suffix == '.json':
+        partial.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+    else:
+        content.savefig(partial, dpi=130)
+    partial.replace(path)
+
+
+def how_to_use(
+        name: str,
+        kwargs: Dict[str, Any],
+        pretrained: bool = False,
+        checkpoint: Optional[str] = None,
+        use_ema: bool = False,
+        data: Optional[Dict[str, Any]] = None,
+) -> Tuple[str, str]:
+    """Python code and arguments of timm's scripts that build a model; `data` are options of the scripts only."""
+    words = [repr(name), *(['pretrained=True'] if pretrained else []), *(f'{k}={v!r}' for k, v in kwargs.items())]
+    code = f'model = timm.create_model({", ".join(words)})'
+    arguments = ['--model', name, *(['--pretrained'] if pretrained else [])]
+    if checkpoint:
+        code += f'\ntimm.models.load_checkpoint(model, {checkpoint!r}, use_ema={use_ema})'
+        arguments += ['--checkpoint', checkpoint, *(['--use-ema'] if use_ema else [])]
+    options = {FLAGS[k]: v for k, v in kwargs.items() if k in FLAGS}
+    options.update((f'--{k.replace("_", "-")}', v) for k, v in (data or {}).items())
+    for flag, value in options.items():
+        arguments += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    if others := [f'{k}={v}' for k, v in kwargs.items() if k not in FLAGS]:
+        arguments += ['--model-kwargs', *others]
+    return code, shlex.join(arguments)
