@@ -43,8 +43,13 @@ def build(name):
     model = randomize(timm.create_model(name, **MODELS[name])).eval()
     digits = torch.tensor(datasets.load_digits().images[:200, None], dtype=torch.float32) / 8 - 1
     size = MODELS[name]['img_size']
+    digits = F.interpolate(digits, (size, size), mode='bicubic').expand(-1, 3, -1, -1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.  # statistics are those of the digits
     with torch.no_grad():
-        output = model(F.interpolate(digits, (size, size), mode='bicubic').expand(-1, 3, -1, -1))
+        model.train()(digits)
+        output = model.eval()(digits)
         for key, p in model.named_parameters():
             if key.startswith('head') and p.shape == (10,):
                 p -= output.mean(dim=0)

@@ -150,11 +150,12 @@ def _sweep(args: argparse.Namespace) -> int:
         write(args.output / 'sweep.png', plot(report))
     else:
         print('timm-evovit: sweep.png needs matplotlib (pip install matplotlib) and was not drawn', file=sys.stderr)
-    print(f'\n{report["images"]} pictures, {len(report["skipped"])} skipped\n\n{table(report["rows"])}\n')
+    print(f'\n{report["images"]} of {len(pictures)} pictures, {len(report["skipped"])} skipped\n')
+    print(f'{table(report["rows"])}\n')
     print(describe(report))
     if not report['complete']:
         raise KeyboardInterrupt
-    return 0
+    return int(bool(report['skipped']))
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -211,8 +212,8 @@ def _parser() -> argparse.ArgumentParser:
                     'more accuracy than --max-drop. Writes sweep.json and, with matplotlib, sweep.png. The 95 %% '
                     'intervals are those of the difference between two models on the same pictures (adjusted Wald '
                     'interval of Agresti and Min); without labels, of the ratio of predictions that differ (Agresti '
-                    'and Coull). A picture that cannot be read is named and skipped. Interrupted, it leaves what it '
-                    'has measured.')
+                    'and Coull). A picture that cannot be read is named and skipped; the exit status is then 1. '
+                    'Interrupted, it leaves what it has measured.')
     command.set_defaults(run=_sweep)
     command.add_argument(
         'model', metavar='MODEL', help='Evo-DeiT, Evo-LeViT, or a Vision Transformer of timm, which is evolved')
