@@ -11,10 +11,10 @@ A page marks where a table or a plot goes; what is between the marks is replaced
     <!-- plot: speed speed.png file=speed-cpu -->
     <!-- end -->
 
-The first word names one of the tables (speed, keep_ratio, dense_features, flops, models) or plots (speed, top1,
-keep_ratio). A plot goes to the file named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]`
-compares a value of the row with shell patterns, `file=` the name of the result file without `.json`. By default all
-files are taken whose name starts with that of the benchmark. A mark stays empty as long as there is no such file.
+The first word names one of the tables (speed, dense_features, flops, models) or plots (speed, top1). A plot goes to the
+file named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with shell
+patterns, `file=` the name of the result file without `.json`. By default all files are taken whose name starts with
+that of the benchmark. A mark stays empty as long as there is no such file.
 """
 import argparse
 import hashlib
@@ -22,7 +22,7 @@ import json
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import matplotlib
 import timm
@@ -151,15 +151,6 @@ def speed_table(rows: List[Row]) -> str:
                      'peak memory (MB), dense / this'], lines) + '\n\n' + made_with(rows)
 
 
-def keep_ratio_table(rows: List[Row]) -> str:
-    lines = [[
-        f"`{r['model']}`", 'dense' if r['keep_ratio'] is None else f"{r['keep_ratio']:g}", f"{r['top1']:.2f}",
-        number(r['images_per_second']), f"{r['speed_up']:.2f} ({r['speed_up_min']:.2f} - {r['speed_up_max']:.2f})"]
-        for r in rows]
-    return markdown(['model', 'keep ratio', 'top-1 %', 'img/s', 'speed-up (lowest - highest)'], lines) + (
-        f"\n\n{rows[0]['images']} images. " + made_with(rows))
-
-
 def dense_features_table(rows: List[Row]) -> str:
     lines = [[
         f"`{r['model']}`", str(r['seed']), f"{r['mean_iou']:.2f}", f"{r['training_speed_up']:.2f}",
@@ -246,38 +237,11 @@ def top1_plot(rows: List[Row]) -> plt.Figure:
     return figure
 
 
-def keep_ratio_plot(rows: List[Row]) -> plt.Figure:
-    """Top-1 and speed-up over keep ratios, the dense model as a dashed line."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.8, 3.8), layout='constrained')
-    curves: Dict[Tuple[str, int], List[Row]] = {}
-    for r in rows:
-        curves.setdefault((r['model'], id(r['of'])), []).append(r)
-    for i, ((model, _), points) in enumerate(curves.items()):
-        dense = [r for r in points if r['keep_ratio'] is None]
-        points = [r for r in points if r['keep_ratio'] is not None]
-        label = ', '.join([model, *(f'{k}={v}' for k, v in points[0]['evolve_kwargs'].items())])
-        x = [r['keep_ratio'] for r in points]
-        axes[0].plot(x, [r['top1'] for r in points], 'o-', color=f'C{i}', label=label)
-        axes[1].plot(x, [r['speed_up'] for r in points], 'o-', color=f'C{i}', label=label)
-        axes[1].fill_between(x, [r['speed_up_min'] for r in points], [r['speed_up_max'] for r in points],
-                             color=f'C{i}', alpha=0.15, lw=0)
-        for r in dense:
-            axes[0].axhline(r['top1'], color=f'C{i}', ls='--', lw=1)
-    axes[1].axhline(1, color='0.5', ls='--', lw=1)
-    for axis, ylabel in zip(axes, ('top-1 (%)', 'times as fast as the dense model')):
-        axis.set(xlabel='keep ratio', ylabel=ylabel, xlim=(1.05, 0.05))
-        axis.grid(alpha=0.3)
-    low, high = axes[0].get_ylim()
-    axes[0].set_ylim(min(low, high - 5), high)  # a difference of one image should not look like a cliff
-    axes[1].legend(fontsize=8)
-    return figure
-
-
 TABLES: Dict[str, Callable[[List[Row]], str]] = {
-    'speed': speed_table, 'keep_ratio': keep_ratio_table, 'dense_features': dense_features_table,
+    'speed': speed_table, 'dense_features': dense_features_table,
     'flops': flops_table, 'models': models_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
-    'speed': speed_plot, 'top1': top1_plot, 'keep_ratio': keep_ratio_plot}
+    'speed': speed_plot, 'top1': top1_plot}
 
 
 def digest(mark: Mark, rows: List[Row]) -> str:

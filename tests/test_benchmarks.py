@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from programs import BENCHMARKS, ROOT, STANDINS, run, write_digits
+from programs import BENCHMARKS, ROOT, STANDINS, run
 
 sys.path.insert(0, str(BENCHMARKS))
 import harness  # noqa: E402
@@ -112,19 +112,6 @@ def test_speed_names_what_it_does_not_know(capsys, argv, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['evo_deit_tiny', 'deit_tiny_patch16_224'])
-def test_keep_ratio(tmp_path, name):
-    digits = write_digits(tmp_path / 'digits', per_class=5)
-    output = tmp_path / 'keep_ratio.json'
-    run(BENCHMARKS / 'keep_ratio.py', name, '--model-kwargs', 'num_classes=10', 'patch_size=8', 'embed_dim=48',
-        'num_heads=3', 'depth=6', '--img-size', 32, '--data-dir', digits, '--keep-ratios', 1, 0.5, 0.1, '--workers', 0,
-        *QUICK, '--output', output, cwd=tmp_path)
-    rows = json.loads(output.read_text())['rows']
-    assert [r['keep_ratio'] for r in rows] == [None, 1, 0.5, 0.1] and {r['images'] for r in rows} == {10}
-    assert rows[0]['top1'] == rows[1]['top1'] and rows[0]['speed_up'] == 1 and len(rows[3]['seconds']) == 2
-
-
-@pytest.mark.slow
 def test_dense_features(tmp_path):
     pytest.importorskip('skimage', reason="the benchmark needs pip install -e '.[examples]'")
     output, picture = tmp_path / 'dense_features.json', tmp_path / 'segmentation.png'
@@ -182,10 +169,6 @@ def results(tmp_path):
     folder = tmp_path / 'results'
     speed_report = harness.Report('speed', folder / 'speed-x.json')
     speed_report.add(*ROWS)
-    keep_ratio_report = harness.Report('keep_ratio', folder / 'keep_ratio.json')
-    keep_ratio_report.add(*(
-        dict(model='evo_deit_tiny', keep_ratio=ratio, top1=top1, images=100, evolve_kwargs={}, images_per_second=9.,
-             speed_up=2., speed_up_min=1.9, speed_up_max=2.1) for ratio, top1 in ((None, 80.), (1, 80.), (0.5, 79.))))
     return folder
 
 
@@ -193,8 +176,7 @@ def test_report_fills_a_page(tmp_path, results):
     page = tmp_path / 'page.md'
     page.write_text(
         'before\n<!-- table: speed model=evo_levit_*,other -->\nold\n<!-- end -->\nbetween\n'
-        '<!-- plot: speed speed.png -->\n<!-- end -->\n<!-- plot: top1 top1.png file=speed-x -->\n<!-- end -->\n'
-        '<!-- table: keep_ratio keep_ratio=0.5, -->\n<!-- end -->\n<!-- plot: keep_ratio curve.png -->\n<!-- end -->\n')
+        '<!-- plot: speed speed.png -->\n<!-- end -->\n<!-- plot: top1 top1.png file=speed-x -->\n<!-- end -->\n')
     arguments = [str(page), '--results', str(results)]
     untouched = page.read_text()
     assert report.main([*arguments, '--check']) == 1 and page.read_text() == untouched
@@ -202,10 +184,9 @@ def test_report_fills_a_page(tmp_path, results):
     assert report.main(arguments) == 0
     text = page.read_text()
     assert '| `evo_levit_256` |  | 32 | 1.500 | **1.40** (1.30 - 1.45) | 50 / 70 | 200 / 100 |' in text
-    assert '| `evo_deit_tiny` | 0.5 | 79.00 |' in text and '| dense | 80.00 |' in text and '| 1 | 80.00 |' not in text
     assert 'old' not in text and text.startswith('before\n') and '\nbetween\n' in text and '](top1.png)' in text
     assert report.main([*arguments, '--check']) == 0
-    for name in ('speed', 'top1', 'curve'):
+    for name in ('speed', 'top1'):
         assert Image.open(tmp_path / f'{name}.png').width > 600
 
     data = json.loads((results / 'speed-x.json').read_text())  # a figure changes: its table and both plots are old
@@ -216,7 +197,7 @@ def test_report_fills_a_page(tmp_path, results):
 
 
 @pytest.mark.parametrize('mark, message', [
-    ('table: sped', "there is no table 'sped', but speed, keep_ratio"),
+    ('table: sped', "there is no table 'sped', but speed, dense_features"),
     ('table: speed model=nothing', 'no row of results/*.json fits'),
     ('table: speed colour=red', "no row has 'colour'"),
     ('table: speed evo_*', 'conditions are KEY=PATTERN'),

@@ -95,7 +95,7 @@ def find_pictures(
         count = max(classes.values()) + 1 if class_map else len(classes)
         if count > num_classes or count < num_classes and not class_map:
             raise ValueError(
-                f'{place} has {count} classes, but the model has {num_classes}: name weights for these classes, give a '
+                f'{place} has {count} classes, but the model has {num_classes}: give weights for these classes, a '
                 f'--class-map if the folders are some of the classes of the model, or --no-labels.')
     return Pictures(found, **kwargs)
 
