@@ -410,9 +410,18 @@ def test_models_that_do_not_evolve(digits, tmp_path, capsys, name, message):
     assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
-def test_a_label_that_the_model_does_not_have():
-    with pytest.raises(ValueError, match='label must be below 10, got 10'):
-        sweep.compare([sweep.Setting(torch.nn.Identity())], torch.zeros(2, 10), torch.tensor([3, 10]))
+@pytest.mark.parametrize('label', [10, -1])
+def test_a_label_that_the_model_does_not_have(label):
+    with pytest.raises(ValueError, match=f'label must be in 0 .. 9, got {label}'):
+        sweep.compare([sweep.Setting(torch.nn.Identity())], torch.zeros(2, 10), torch.tensor([3, label]))
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / 'sweep.json'
+    sweep_report.write(path, {'a': 1})
+    with pytest.raises(TypeError):
+        sweep_report.write(path, {'a': object()})
+    assert json.loads(path.read_text()) == {'a': 1} and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The command timm-evovit."""
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 from contextlib import suppress
@@ -233,7 +234,9 @@ def _parser() -> argparse.ArgumentParser:
         '--max-drop', metavar='POINTS', type=float, default=0.5,
         help='top-1 that may be lost, or with --no-labels the percentage of predictions that may differ (default: 0.5)')
     command.add_argument('-b', '--batch-size', metavar='N', type=int, default=64, help='default: 64')
-    command.add_argument('-j', '--workers', metavar='N', type=int, default=4, help='default: 4')
+    command.add_argument(
+        '-j', '--workers', metavar='N', type=int, default=min(4, os.cpu_count() or 1),
+        help='processes that read pictures (default: 4, fewer on a machine with fewer cores)')
     command.add_argument('--rounds', metavar='N', type=int, default=7, help='rounds of timing (default: 7)')
     command.add_argument('--amp-dtype', choices=['bfloat16', 'float16'], help='mixed precision (default: float32)')
     _add_model(command)

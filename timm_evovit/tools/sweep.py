@@ -44,8 +44,9 @@ class Pictures(Dataset):
             image, target = self.dataset.reader[index] if in_files else self.dataset[index]
             image = (Image.open(image) if in_files else image).convert(self.mode)
         except Exception as e:  # decoders raise errors of every kind
-            return f'{in_files and self.dataset.filename(index) or f"picture {index}"} is skipped: {e}', None
-        return self.transform(image), target
+            name = self.dataset.filename(index) if in_files else None
+            return f'{name or f"picture {index}"} is skipped: {e}', None
+        return self.transform(image), -1 if target is None else target
 
 
 def collate(items: Sequence[Tuple[Any, Optional[int]]]) -> Tuple[torch.Tensor, torch.Tensor, List[str]]:
@@ -168,7 +169,8 @@ def compare(settings: Sequence[Setting], images: torch.Tensor, target: Optional[
         dense = top5 if dense is None else dense
         setting.agree += int((top5[:, 0] == dense[:, 0]).sum())
         if target is not None:
-            check(int(target.max()) < output.shape[-1], 'label', f'below {output.shape[-1]}', int(target.max()))
+            for label in (int(target.min()), int(target.max())):
+                check(0 <= label < output.shape[-1], 'label', f'in 0 .. {output.shape[-1] - 1}', label)
             right, dense_right = top5[:, 0] == target, dense[:, 0] == target
             setting.top1 += int(right.sum())
             setting.top5 += int((top5 == target[:, None]).sum())

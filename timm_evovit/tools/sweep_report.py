@@ -44,8 +44,10 @@ def describe(report: Dict[str, Any]) -> str:
         lines = [f'Of the keep ratios that {limit}, {chosen["keep_ratio"]:g} is the fastest: '
                  f'{chosen["speed_up"]:.2f} times as fast as the dense model; {result}.']
         if report['images'] < FEW:
-            lines += ['{} pictures are few: on more of them it may be {:.2f} to {:.2f} {} (95 % interval).'.format(
-                report['images'], *chosen['lost_interval'], 'points lost' if 'top1' in dense else '% that change')]
+            low, high = chosen['lost_interval']
+            unit = 'points lost' if 'top1' in dense else '% changed'
+            lines += [f'{report["images"]} pictures are few: {low:.2f} to {high:.2f} {unit} are compatible with them '
+                      f'(95 % interval).']
     return '\n'.join([*lines, '', 'In Python:', report['python'], '', "For timm's scripts:", report['arguments']])
 
 
@@ -58,15 +60,17 @@ def plot(report: Dict[str, Any]) -> Any:
     axis = figure.add_subplot()
     points = [(r['images_per_second'], dense - r['lost']) for r in rows]
     for i, ((x, _), (low, high)) in enumerate(zip(points[1:], [r['lost_interval'] for r in rows[1:]])):
-        axis.plot([x, x], [dense - high, dense - low], color='0.65', label=None if i else '95 % interval')
-    axis.plot(*zip(*(p for p, r in zip(points, rows) if r['keep_ratio'])), 'o-', color='C0', label='keep ratio')
-    axis.plot(*points[0], 's', color='black', mfc='white', ms=8, label='dense model')
+        axis.plot([x, x], [dense - high, dense - low], color='0.65', zorder=1, label=None if i else '95 % interval')
+    evolving = [point for r, point in zip(rows, points) if r['keep_ratio']]
+    axis.plot(*zip(*evolving), 'o-', color='C0', zorder=1, label='keep ratio')
+    axis.plot(*zip(*evolving), 'o', color='C0', zorder=3)
+    axis.plot(*points[0], 's', color='black', mfc='white', ms=8, zorder=3, label='dense model')
     axis.plot(*points[rows.index(report['chosen'])], 'o', color='black', mfc='none', ms=14, label='chosen')
     axis.axhline(dense - max_drop, color='0.3', ls='--', lw=1, label=f'{max_drop:g} points less')
     for r, point in zip(rows, points):
         if r['keep_ratio']:
             axis.annotate(
-                f'{r["keep_ratio"]:g}', point, (9, 9), textcoords='offset points',
+                f'{r["keep_ratio"]:g}', point, (-7, -7), textcoords='offset points', ha='right', va='top', zorder=2,
                 bbox=dict(facecolor='white', edgecolor='none', alpha=0.8, pad=1))
     axis.set_title(f'{report["model"]}, {report["images"]} pictures', fontsize=10, wrap=True)
     axis.set_xlabel(f'images per second, batch {report["batch_size"]}, {report["device"]}')
@@ -80,11 +84,14 @@ def plot(report: Dict[str, Any]) -> Any:
 def write(path: Path, content: Any) -> None:
     """Write JSON or a figure of matplotlib beside its place and move it there when it is complete."""
     partial = path.with_name(f'.{path.name}')
-    if path.suffix == '.json':
-        partial.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
-    else:
-        content.savefig(partial, dpi=130)
-    partial.replace(path)
+    try:
+        if path.suffix == '.json':
+            partial.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+        else:
+            content.savefig(partial, dpi=130)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def how_to_use(
