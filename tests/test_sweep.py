@@ -9,7 +9,7 @@ import tarfile
 import pytest
 import timm
 import torch
-from helpers import TINY, TINY_LEVIT, randomize
+from helpers import TINY, TINY_LEVIT, assert_same_weights, randomize
 from PIL import Image
 from programs import TIMM_REPO, needs_timm_repo, run, write_digits
 from timm.data import create_dataset, create_transform
@@ -341,6 +341,22 @@ def test_a_folder_of_timm(digits, tmp_path, prefer, capsys):
     exec(json.loads((tmp_path / 'out' / 'sweep.json').read_text())['python'], scope)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(scope['model'].eval()(x), evolve(model, 0.5)(x))
+
+
+@pytest.mark.parametrize('use_ema', [False, True])
+def test_moving_average_of_the_weights(digits, tmp_path, use_ema):
+    """timm's create_model takes it if there is one, its scripts only if they are told to."""
+    name = 'evo_deit_tiny'
+    ema = {k: v + 0.05 for k, v in build(name).state_dict().items()}
+    torch.save({'state_dict': build(name).state_dict(), 'state_dict_ema': ema}, tmp_path / 'both.pth')
+    args = [*words(name), '--checkpoint', tmp_path / 'both.pth', *(['--use-ema'] if use_ema else []), '--data-dir', digits,
+            '--output', tmp_path / 'out', '--rounds', 1, '-j', 0, '--limit', 8, '--keep-ratio', 0.5]
+    assert main(['sweep', *map(str, args)]) == 0
+    result = json.loads((tmp_path / 'out' / 'sweep.json').read_text())
+    assert ('--use-ema' in result['arguments']) == use_ema
+    scope = {'timm': timm}
+    exec(result['python'], scope)
+    assert_same_weights(scope['model'], ema if use_ema else build(name))
 
 
 def test_few_pictures_are_said_to_be_few(command, digits, prefer):

@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         'sweep', help='measure speed and accuracy over keep ratios, on your model and pictures',
         description='Compare keep ratios with the dense model, without training, and name the fastest that loses no '
-                    'more accuracy than --max-drop. Writes sweep.json and, with matplotlib, sweep.png. The 95 %% '
+                    'more accuracy than --max-drop. Writes sweep.json and, with matplotlib, sweep.png. The 95 % '
                     'intervals are those of the difference between two models on the same pictures (adjusted Wald '
                     'interval of Agresti and Min); without labels, of the ratio of predictions that differ (Agresti '
                     'and Coull). A picture that cannot be read is named and skipped; the exit status is then 1. '
