@@ -126,10 +126,17 @@ def test_multiply_adds_by_hand(command, digits):
     ends = patches * dim * 3 * 8 * 8 + dim * 10
     assert [row['multiply_adds'] for row in result['rows'][:2]] == [ends + 6 * block(1 + patches)] * 2
     for row in result['rows'][2:]:
-        slow = 1 + int(row['keep_ratio'] * patches + 1e-9) + 1  # class token, informative patches, representative token
-        class_attention = (1 + patches + 2 * slow) * dim  # of the last block of all tokens and the two of the first stage
-        representative = 2 * patches * dim  # a weighted mean where each stage starts
-        assert row['multiply_adds'] == ends + 2 * block(1 + patches) + 4 * block(slow) + class_attention + representative
+        first, second = (round(row['keep_ratio'] ** (i / 3), 3) for i in (2, 4))  # of the stages from blocks 1 and 3
+        matching, left, last = 0, patches, 1.
+        counts = []
+        for ratio in (first, second):
+            while last > ratio:  # each round halves the number of tokens at most
+                matching += math.ceil(left / 2) * (left // 2) * dim
+                left, last = max(int(ratio * patches), left // 2), last / 2
+            last = ratio
+            counts.append(left)
+        blocks = block(1 + patches) + 2 * block(1 + counts[0]) + 3 * block(1 + counts[1])
+        assert row['multiply_adds'] == ends + blocks + matching
 
 
 @pytest.mark.parametrize('name, ratio, expected', [  # of benchmarks/results/models.json
