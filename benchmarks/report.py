@@ -11,10 +11,10 @@ A page marks where a table or a plot goes; what is between the marks is replaced
     <!-- plot: speed speed.png file=speed-cpu -->
     <!-- end -->
 
-The first word names one of the tables (speed, dense_features, flops, models) or plots (speed, top1). A plot goes to the
-file named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with shell
-patterns, `file=` the name of the result file without `.json`. By default all files are taken whose name starts with
-that of the benchmark. A mark stays empty as long as there is no such file.
+The first word names one of the tables (speed, dense_features, flops, models, families, families_refused) or plots
+(speed, top1). A plot goes to the file named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]`
+compares a value of the row with shell patterns, `file=` the name of the result file without `.json`. By default all files
+are taken whose name starts with that of the benchmark. A mark stays empty as long as there is no such file.
 """
 import argparse
 import hashlib
@@ -78,7 +78,7 @@ def select(mark: Mark, results: Path) -> List[Row]:
         ValueError: They have no such rows.
     """
     conditions = dict(mark.conditions)
-    files = conditions.pop('file', f"{'speed' if mark.name == 'top1' else mark.name}*")
+    files = conditions.pop('file', f"{'speed' if mark.name == 'top1' else mark.name.partition('_refused')[0]}*")
     paths = [path for path in sorted(results.glob('*.json')) if matches(path.stem, files)]
     if not paths:
         raise FileNotFoundError(f'{results.name} has no file {files}.json')
@@ -191,6 +191,19 @@ def models_table(rows: List[Row]) -> str:
         for r in rows])
 
 
+def families_table(rows: List[Row]) -> str:
+    total = {key: sum(row[key] for row in rows) for key in ('architectures', 'evolve', 'by_attention')}
+    return markdown(['family', 'architectures', 'evolve', 'also by class attention', 'such as'], [[
+        r['model'], str(r['architectures']), str(r['evolve']), str(r['by_attention']),
+        f"`{r['such_as']}`" if 'such_as' in r else '']
+        for r in [*rows, {'model': 'all', **total}]])
+
+
+def refused_table(rows: List[Row]) -> str:
+    return markdown(['not', 'because'], [
+        [f'`{name}`', reason.rstrip('.')] for r in rows for name, reason in r['refused'].items()])
+
+
 def speed_plot(rows: List[Row]) -> plt.Figure:
     """Speed-up of each row with its range, and the ratio of multiply-adds."""
     rows = [row for row in rows if row['model'] != row['baseline']]
@@ -239,7 +252,7 @@ def top1_plot(rows: List[Row]) -> plt.Figure:
 
 TABLES: Dict[str, Callable[[List[Row]], str]] = {
     'speed': speed_table, 'dense_features': dense_features_table,
-    'flops': flops_table, 'models': models_table}
+    'flops': flops_table, 'models': models_table, 'families': families_table, 'families_refused': refused_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
     'speed': speed_plot, 'top1': top1_plot}
 

@@ -1,8 +1,10 @@
 """The benchmarks on tiny models, and the report that makes tables and plots of their results."""
 import json
+import re
 import sys
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from programs import BENCHMARKS, ROOT, STANDINS, run
@@ -122,6 +124,20 @@ def test_dense_features(tmp_path):
         assert r['mean_iou'] == pytest.approx(sum(r['iou'].values()) / 3) and 0 < r['iou']['background'] <= 100
     assert dense['training_speed_up'] == dense['speed_up'] == 1 and evo['speed_up'] > 0
     assert Image.open(picture).width > 600
+
+
+@pytest.mark.slow
+def test_every_architecture_evolves_or_is_refused_with_the_reason(tmp_path):
+    output = tmp_path / 'families.json'
+    run(BENCHMARKS / 'families.py', '--output', output, cwd=tmp_path)
+    rows = json.loads(output.read_text())['rows']
+    assert {'DINOv2', 'DINOv3', 'EVA-02', 'Perception Encoder', 'SigLIP', 'ViT'} <= {row['model'] for row in rows}
+    for row in rows:
+        assert row['evolve'] == row['architectures'] - len(row['refused']) and row['by_attention'] <= row['evolve']
+        assert all(re.match(r'blocks\.0(\.attn)? must be .* timm.*, got \w+', r) for r in row['refused'].values())
+    recorded = json.loads((ROOT / 'benchmarks/results/families.json').read_text())
+    if recorded['versions']['timm'] == timm.__version__:
+        assert rows == recorded['rows']
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Attention, ParallelScalingBlock, VisionTransformer
 
 from timm_evovit import evolve, informative_tokens
+from timm_evovit.evolution import match_tokens
 
 SMALL = dict(TINY, depth=6)
 NO_CLASS_TOKEN = dict(class_token=False, global_pool='avg')
@@ -294,6 +295,26 @@ def test_compiled_training(name, config):
     gradients = [torch.autograd.grad(forward(x).square().sum(), list(evolved.parameters()))
                  for forward in (evolved, torch.compile(evolved, backend='aot_eager', fullgraph=True))]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize('name', ['vit_base_patch16_224', 'eva02_tiny_patch14_224', 'vit_base_patch16_rope_mixed_224'])
+def test_patch_dropout(name):
+    """Rotary embeddings are then those of other patches in every image."""
+    dense = build(name, patch_drop_rate=0.3).train()
+    x = images_for(dense)
+    outputs = []
+    for model in (dense, evolve(dense, 1), evolve(dense), by_attention(dense)):
+        torch.manual_seed(0)  # the same patches
+        outputs.append(model.train()(x))
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert not any(torch.allclose(y, outputs[0]) for y in outputs[2:])
+
+
+def test_ties_are_resolved_by_position():
+    """Of equal patches the first even ones join the first odd one, whatever the other images are."""
+    tokens = torch.cat([torch.ones(2, 8, 4), torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0))])
+    assert match_tokens(tokens, 6)[:2].tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]] * 2
+    assert torch.equal(match_tokens(tokens[3:4], 5), match_tokens(tokens, 5)[3:4])
 
 
 def test_modes_are_not_shared():

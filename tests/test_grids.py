@@ -57,13 +57,16 @@ def test_ratios_as_they_were_written():
     ('evo_deit_tiny', dict(keep_ratio=0.7)),
     ('evo_deit_tiny', dict(selection='layer', representative_token=True)),
     ('vit_tiny_patch16_224', {}),
+    ('vit_tiny_patch16_224', dict(slow_tokens='attention')),
+    ('eva02_tiny_patch14_224', dict(slow_tokens='attention')),
+    ('eva02_tiny_patch14_224', {}),
 ])
 def test_one_exported_program_for_every_size(name, kwargs):
     """torch.export and ONNX Runtime with dynamic batch, height and width agree with the model, away from the traced size."""
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
     evolving = name.startswith('evo')
     model = build(name, dynamic_img_size=True, **(kwargs if evolving else {}))
-    model = model if evolving else evolve(model)
+    model = model if evolving else evolve(model, **kwargs)
     x = images(2, 64)
     dynamic = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     exported = torch.export.export(model, (x,), dynamic_shapes=(dynamic,)).module()

@@ -205,7 +205,8 @@ def flat_idx(token_idx: torch.Tensor, num_tokens: int) -> torch.Tensor:
 
 def take_tokens(x: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
     """Tokens (B, M, C) of x (B, N, C), by index (B, M): whole rows, faster on a CPU than gather or x[i, j]."""
-    return x.flatten(0, 1).index_select(0, flat_idx(token_idx, x.shape[1])).unflatten(0, token_idx.shape)
+    rows = x.flatten(0, 1).index_select(0, flat_idx(token_idx, x.shape[1]))
+    return rows.view(token_idx.shape[0], token_idx.shape[1], x.shape[2])
 
 
 @torch.fx.wrap
@@ -236,7 +237,8 @@ def split_tokens(
     token_idx = torch.cat([prefix_idx, keep_idx + num_prefix_tokens], dim=1)
     slow = take_tokens(x, token_idx)
     order = torch.arange(num_prefix_tokens + K, device=x.device).expand(B, -1)
-    slow_idx = torch.full((B, N), num_prefix_tokens + K, device=x.device).scatter(1, token_idx, order)
+    slow_idx = torch.full((B, N), num_prefix_tokens + K, dtype=torch.int64, device=x.device)
+    slow_idx = slow_idx.scatter(1, token_idx, order)
     if representative_token and n > K:
         weight = global_attn.scatter(1, keep_idx, 0.)
         weight = weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-37)
@@ -249,9 +251,14 @@ def split_tokens(
 def group_sums(tokens: torch.Tensor, weight: torch.Tensor, group_idx: torch.Tensor, num_groups: int) -> torch.Tensor:
     """Sums (B, num_groups, C) of the tokens (B, n, C) in each group, weighted by (B, n); `group_idx` is (B, n)."""
     B, n, C = tokens.shape
-    weighted = tokens * weight.to(tokens.dtype).unsqueeze(2)
+    rows = (tokens * weight.to(tokens.dtype).unsqueeze(2)).reshape(B * n, C)
+    idx = flat_idx(group_idx, num_groups)
     out = tokens.new_zeros(B * num_groups, C)
-    return out.index_add_(0, flat_idx(group_idx, num_groups), weighted.reshape(B * n, C)).view(B, num_groups, C)
+    if torch.jit.is_tracing():  # the ONNX exporter without torch.export loses repeated indices of index_add
+        out = out.scatter_add(0, idx.unsqueeze(1).expand(-1, C), rows)
+    else:
+        out = out.index_add(0, idx, rows)
+    return out.view(B, num_groups, C)
 
 
 @torch.fx.wrap
@@ -269,19 +276,21 @@ def match_tokens(tokens: torch.Tensor, num_groups: int) -> torch.Tensor:
     Returns:
         Group of each token, (B, n). Groups are numbered in the order of their odd or unmatched even token.
     """
-    B, n, _ = tokens.shape
+    n = tokens.shape[1]
     other = tokens[:, 1::2]
     scores = F.normalize(tokens[:, ::2], dim=-1) @ other.transpose(1, 2)
     scores = scores / torch.linalg.vector_norm(other, dim=-1).clamp_min(1e-12).unsqueeze(1)
-    best, partner = F.pad(scores, [0, 1], value=-2.).max(dim=-1)  # a column more: max fails where there is none
-    order = best.argsort(dim=1, descending=True, stable=True)
-    joined, single = order[:, :n - num_groups], order[:, n - num_groups:]
-    odd = torch.arange(1, n, 2, device=tokens.device).expand(B, -1)
-    first_idx = torch.cat([2 * single, odd], dim=1).sort(dim=1).values
-    numbers = torch.arange(num_groups, device=tokens.device).expand(B, -1)
-    group_idx = torch.zeros_like(tokens[:, :, 0], dtype=torch.int64).scatter(1, first_idx, numbers)
-    partner_group = group_idx.gather(1, 2 * partner.gather(1, joined) + 1)
-    return group_idx.scatter(1, 2 * joined, partner_group)
+    best, partner = F.pad(scores, [0, 1], value=-2.).max(dim=2)  # a column more: max fails where there is none
+    # rank by comparison: a stable sort is not known to ONNX, and another resolves ties as it likes
+    mine, others = best.unsqueeze(2), best.unsqueeze(1)
+    position = torch.arange(n, device=tokens.device)
+    earlier = position[::2] < position[::2].unsqueeze(1)
+    rank = ((others > mine) | ((others == mine) & earlier)).sum(dim=2)
+    pair = position // 2  # of an even token and the odd one that follows
+    joined = (rank < n - num_groups).index_select(1, pair) & (position % 2 == 0)
+    number = (~joined).long().cumsum(dim=1) - 1
+    partner_idx = (2 * partner.index_select(1, pair) + 1).clamp_max(n - 1)
+    return torch.where(joined, number.gather(1, partner_idx), number)
 
 
 @torch.fx.wrap
@@ -342,7 +351,7 @@ def group_rope(
     heads, d = rope.shape[1], rope.shape[3]
     ones = torch.ones_like(group_idx, dtype=rope.dtype)
     sizes = ones.new_zeros(B, num_groups + 1).scatter_add(1, group_idx, ones)  # the last is that of the rest
-    rows = rope.transpose(1, 2).reshape(-1, n, heads * d).expand(B, -1, -1)
+    rows = rope.transpose(1, 2).reshape(rope.shape[0], n, heads * d).expand(B, n, heads * d)
     means = group_sums(rows, 1 / sizes.gather(1, group_idx), group_idx, num_groups + 1)
     out = means[:, :num_groups].reshape(B, num_groups, heads, d).transpose(1, 2)
     if representative_token and n > num_groups:
