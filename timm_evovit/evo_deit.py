@@ -45,9 +45,12 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
     ) -> None:
         """
         Args:
-            keep_ratio: Ratio of informative patches in (0, 1], one for all evolution stages or one per stage.
-            stages: First block of each evolution stage, ascending. Default: a first third of the blocks sees all
-                tokens, then two equal stages, which is (4, 8) for 12 blocks.
+            keep_ratio: Ratio of slow tokens to patches in (0, 1], one for all evolution stages or one per stage. By
+                similarity, one is the geometric mean of a series that falls from stage to stage.
+            stages: First block of each evolution stage, ascending. Default for 12 blocks: (4, 8), by similarity
+                (1, 3, 5, 7, 9).
+            slow_tokens: Find slow tokens by class 'attention' (paper) or by 'similarity', where like patches share one.
+                `representative_token`, `tradeoff`, `selection` and `layer_to_stage_epochs` are of the former only.
             tradeoff: Weight in [0, 1] of a block's class attention in the global class attention, one for all blocks
                 or one per block. Default: 1 before the first stage, 0.5 after.
             selection: When informative patches are selected anew, at each 'stage' or before each 'layer' of it.

@@ -407,7 +407,7 @@ EVOLVED: Dict[Type[nn.Module], Type[EvolvingVit]] = {
 
 def evolve(
         model: nn.Module,
-        keep_ratio: Union[float, Sequence[float]] = 0.5,
+        keep_ratio: Union[float, Sequence[float]] = 0.6,
         stages: Optional[Sequence[int]] = None,
         slow_tokens: str = 'similarity',
         *,
@@ -426,7 +426,8 @@ def evolve(
     Args:
         model: Built VisionTransformer, VisionTransformerDistilled or Eva, or one in the wrapper that
             `features_only=True` makes.
-        keep_ratio, stages, slow_tokens, tradeoff, selection, layer_to_stage_epochs: As in `EvoVisionTransformer`.
+        keep_ratio, stages, slow_tokens, tradeoff, selection, layer_to_stage_epochs: As in `EvoVisionTransformer`. With
+            'similarity' there are five stages by default, and one keep ratio is the geometric mean of a falling series.
         representative_token: Update placeholders by a representative token, or leave them until the stage ends.
             Default: True where class attention finds slow tokens.
 

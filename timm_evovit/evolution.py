@@ -150,6 +150,7 @@ def as_fraction(ratio: float) -> Tuple[int, int]:
     return Fraction(str(ratio)).limit_denominator(10 ** 12).as_integer_ratio()
 
 
+@torch.fx.wrap
 def larger(a: int, b: int) -> int:
     """max(a, b), also of symbolic integers."""
     if torch.jit.is_scripting() or torch.jit.is_tracing():
@@ -157,6 +158,7 @@ def larger(a: int, b: int) -> int:
     return torch.sym_max(a, b)
 
 
+@torch.fx.wrap
 def num_kept(num_patches: int, keep_ratio: Tuple[int, int]) -> int:
     """Number of slow tokens: `num_patches * keep_ratio`, rounded down, at least one."""
     return larger(1, num_patches * keep_ratio[0] // keep_ratio[1])

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""What evolving a trained model costs without further training, beside token merging by its authors' code.
+
+    python benchmarks/accuracy.py train dense --seeds 0 1 2 --data-dir cifar10
+    python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --tome ToMe \\
+        --output benchmarks/results/without_training.json
+
+Accuracy is that of dense models which accuracy.py has trained, on all validation pictures of --data-dir. Speed is measured
+on DeiT-S with random weights, all methods in turns. Methods are compared at their share of the dense model's
+multiply-adds. --tome names a checkout of github.com/facebookresearch/ToMe.
+"""
+import argparse
+import copy
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import accuracy
+import harness
+import timm
+import torch
+from torch import nn
+
+from timm_evovit import evolve
+
+
+def methods(dense: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
+    """Models by method and setting."""
+    models = {f'{how} {ratio}': evolve(dense, ratio, slow_tokens=how)
+              for how, ratios in (('similarity', args.similarity), ('attention', args.attention)) for ratio in ratios}
+    if args.tome:
+        sys.path.insert(0, str(args.tome))
+        import tome
+        r = args.r if dense.patch_embed.num_patches < 100 else [round(r * 196 / 64 * 8 / 12) for r in args.r]
+        for removed in r:
+            models[f'ToMe {removed}'] = copy.deepcopy(dense)
+            tome.patch.timm(models[f'ToMe {removed}'])
+            models[f'ToMe {removed}'].r = removed
+    return models
+
+
+def share(model: nn.Module, dense: nn.Module) -> float:
+    size = dense.in_chans, *dense.patch_embed.img_size
+    return harness.multiply_adds(model, size) / harness.multiply_adds(dense, size)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
+    return torch.cat([model(accuracy.normalize(batch)).argmax(dim=1) for batch in images.split(batch_size)])
+
+
+def measure_accuracy(checkpoint: Path, args: argparse.Namespace) -> List[Dict[str, Any]]:
+    state = torch.load(checkpoint, map_location='cpu', weights_only=True)
+    report = state['report']
+    settings = accuracy.parse_args(['train', report['variant'], '--data-dir', str(args.data_dir)])
+    vars(settings).update(report['configuration'], work_dir=args.work_dir, limit=args.limit)
+    dense = accuracy.create_model(report['variant'], report['num_classes'], settings).eval()
+    dense.load_state_dict(state['model'])
+    images, labels = accuracy.decode(report['configuration'].get('val_split', 'validation'), settings)
+    right = predict(dense, images) == labels
+    rows = [dict(
+        model=checkpoint.name.rpartition('-')[0], method='dense', share=1., top1=100 * right.float().mean().item(),
+        epochs=len(report['top1']), images=len(labels), lost=0., lost_error=0.)]
+    for method, model in methods(dense, args).items():
+        correct = predict(model, images) == labels
+        lost = 100 * (right.double() - correct.double())
+        rows.append(dict(
+            rows[0], method=method, share=share(model, dense), top1=100 * correct.float().mean().item(),
+            lost=lost.mean().item(), lost_error=lost.std().item() / len(lost) ** 0.5))
+        print('{model}, {method}: share {share:.3f}, {top1:.2f} %, {lost:.2f} +- {lost_error:.2f} lost'.format(
+            **rows[-1]), flush=True)
+    return rows
+
+
+def measure_speed(args: argparse.Namespace) -> List[Dict[str, Any]]:
+    dense = timm.create_model(args.model).eval()
+    models = {'dense': dense, **methods(dense, args)}
+    images = torch.randn(args.batch_size, *harness.input_size(dense))
+    with torch.inference_mode():
+        times = harness.time_in_turns(
+            {name: lambda model=model: model(images) for name, model in models.items()}, args.rounds, warmup=1, seconds=0.)
+    rows = []
+    for name, model in models.items():
+        rows.append(dict(
+            model=args.model, method=name, share=share(model, dense), batch_size=args.batch_size,
+            **harness.summarize(times[name], times['dense'], args.batch_size)))
+        print('{model}, {method}: share {share:.3f}, speed-up {speed_up:.2f}'.format(**rows[-1]), flush=True)
+    return rows
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('checkpoints', nargs='*', type=Path, metavar='CHECKPOINT')
+    parser.add_argument('--data-dir', type=Path, help='pictures, as accuracy.py takes them')
+    parser.add_argument('--work-dir', type=Path, default=Path('output/accuracy'), help='that of accuracy.py')
+    parser.add_argument('--limit', type=int, default=0, help='take so many pictures only')
+    parser.add_argument('--similarity', type=float, nargs='*', default=[0.7, 0.6, 0.5, 0.4], help='keep ratios')
+    parser.add_argument('--attention', type=float, nargs='*', default=[0.7, 0.5], help='keep ratios')
+    parser.add_argument('--tome', type=Path, help='checkout of ToMe')
+    parser.add_argument('--r', type=int, nargs='*', default=[4, 5, 6, 7, 8], help='tokens merged per block, of 64')
+    parser.add_argument('--model', default='deit_small_patch16_224', help='model that is timed')
+    parser.add_argument('--batch-size', type=int, default=32)
+    parser.add_argument('--rounds', type=int, default=7, help='rounds of timing, 0 for none')
+    parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
+    args = parser.parse_args(argv)
+    if args.checkpoints and not args.data_dir:
+        parser.error('--data-dir is needed to evaluate checkpoints')
+    report = harness.Report('without_training', args.output, argv=sys.argv[1:] if argv is None else argv)
+    for checkpoint in args.checkpoints:
+        report.add(*measure_accuracy(checkpoint, args))
+    if args.rounds:
+        report.add(*measure_speed(args))
+
+
+if __name__ == '__main__':
+    main()
