@@ -51,6 +51,9 @@ VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'evo-layer-to-stage': (EVO_DEIT, {SCHEDULE: True}, 'Evo-DeiT, layer-to-stage training, assisted loss'),
     'evo-representative': (
         EVO_DEIT, {'representative_token': True}, 'Evo-DeiT, stage-wise, representative token, assisted loss'),
+    'evo-similarity': (
+        EVO_DEIT, {'slow_tokens': 'similarity', 'keep_ratio': 0.6, 'global_pool': 'token'},
+        'Evo-DeiT, like patches share a slow token, class token readout'),
     'evo-unassisted': (EVO_DEIT, {'assisted_cls': False}, 'Evo-DeiT, stage-wise, no assisted loss'),
     'levit': (LEVIT, {}, "timm's LeViT"),
     'evo-levit': (EVO_LEVIT, {}, 'Evo-LeViT, stage-wise selection, assisted loss'),

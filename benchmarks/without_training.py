@@ -5,8 +5,8 @@
     python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --tome ToMe \\
         --output benchmarks/results/without_training.json
 
-Accuracy is that of dense models which accuracy.py has trained, on all validation pictures of --data-dir. Speed is measured
-on DeiT-S with random weights, all methods in turns. Methods are compared at their share of the dense model's
+Accuracy is that of dense models which accuracy.py has trained, on all validation pictures of --data-dir. Speed is
+measured on DeiT-S with random weights, all methods in turns. Methods are compared at their share of the dense model's
 multiply-adds. --tome names a checkout of github.com/facebookresearch/ToMe.
 """
 import argparse
@@ -77,8 +77,8 @@ def measure_speed(args: argparse.Namespace) -> List[Dict[str, Any]]:
     models = {'dense': dense, **methods(dense, args)}
     images = torch.randn(args.batch_size, *harness.input_size(dense))
     with torch.inference_mode():
-        times = harness.time_in_turns(
-            {name: lambda model=model: model(images) for name, model in models.items()}, args.rounds, warmup=1, seconds=0.)
+        steps = {name: lambda model=model: model(images) for name, model in models.items()}
+        times = harness.time_in_turns(steps, args.rounds, warmup=1, seconds=0.)
     rows = []
     for name, model in models.items():
         rows.append(dict(
