@@ -11,10 +11,11 @@ A page marks where a table or a plot goes; what is between the marks is replaced
     <!-- plot: speed speed.png file=speed-cpu -->
     <!-- end -->
 
-The first word names one of the tables (speed, dense_features, flops, models, families, families_refused) or plots
-(speed, top1). A plot goes to the file named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]`
-compares a value of the row with shell patterns, `file=` the name of the result file without `.json`. By default all
-files are taken whose name starts with that of the benchmark. A mark stays empty as long as there is no such file.
+The first word names one of the tables (speed, dense_features, flops, models, families, families_refused,
+without_training) or plots (speed, top1). A plot goes to the file named next, beside the page. Conditions choose rows:
+`KEY=PATTERN[,PATTERN]` compares a value of the row with shell patterns, `file=` the name of the result file without
+`.json`. By default all files are taken whose name starts with that of the benchmark. A mark stays empty as long as
+there is no such file.
 """
 import argparse
 import hashlib
@@ -191,6 +192,24 @@ def models_table(rows: List[Row]) -> str:
         for r in rows])
 
 
+def without_training_table(rows: List[Row]) -> str:
+    """Accuracy of trained models at the share of multiply-adds that a method leaves, and speed of another model."""
+    timed = {r['method']: r for r in rows if 'speed_up' in r}
+    lines = []
+    for method in dict.fromkeys(r['method'] for r in rows if 'top1' in r and r['method'] != 'dense'):
+        of = [r for r in rows if r['method'] == method and 'top1' in r]
+        speed = timed.get(method)
+        lines.append([
+            method, f"{of[0]['share']:.3f}",
+            ', '.join(f"{r['lost']:.2f} +- {r['lost_error']:.2f}" for r in of),
+            f"**{speed['speed_up']:.2f}** ({speed['speed_up_min']:.2f} - {speed['speed_up_max']:.2f}) of "
+            f"{1 / speed['share']:.2f}" if speed else ''])
+    models = ', '.join(f"{r['top1']:.2f} %" for r in rows if r['method'] == 'dense' and 'top1' in r)
+    return markdown(
+        ['method', 'share of multiply-adds', f'points lost, of {models}', 'speed-up of DeiT-S, of what its share allows'],
+        lines)
+
+
 def families_table(rows: List[Row]) -> str:
     total = {key: sum(row[key] for row in rows) for key in ('architectures', 'evolve', 'by_attention')}
     return markdown(['family', 'architectures', 'evolve', 'also by class attention', 'such as'], [[
@@ -252,7 +271,8 @@ def top1_plot(rows: List[Row]) -> plt.Figure:
 
 TABLES: Dict[str, Callable[[List[Row]], str]] = {
     'speed': speed_table, 'dense_features': dense_features_table,
-    'flops': flops_table, 'models': models_table, 'families': families_table, 'families_refused': refused_table}
+    'flops': flops_table, 'models': models_table, 'families': families_table, 'families_refused': refused_table,
+    'without_training': without_training_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
     'speed': speed_plot, 'top1': top1_plot}
 

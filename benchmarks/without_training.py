@@ -31,11 +31,10 @@ def methods(dense: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
     if args.tome:
         sys.path.insert(0, str(args.tome))
         import tome
-        r = args.r if dense.patch_embed.num_patches < 100 else [round(r * 196 / 64 * 8 / 12) for r in args.r]
-        for removed in r:
-            models[f'ToMe {removed}'] = copy.deepcopy(dense)
-            tome.patch.timm(models[f'ToMe {removed}'])
-            models[f'ToMe {removed}'].r = removed
+        for merged in args.merged:
+            model = models[f'ToMe {merged}'] = copy.deepcopy(dense)
+            tome.patch.timm(model)
+            model.r = round(merged * model.patch_embed.num_patches / len(model.blocks))
     return models
 
 
@@ -97,7 +96,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--similarity', type=float, nargs='*', default=[0.7, 0.6, 0.5, 0.4], help='keep ratios')
     parser.add_argument('--attention', type=float, nargs='*', default=[0.7, 0.5], help='keep ratios')
     parser.add_argument('--tome', type=Path, help='checkout of ToMe')
-    parser.add_argument('--r', type=int, nargs='*', default=[4, 5, 6, 7, 8], help='tokens merged per block, of 64')
+    parser.add_argument(
+        '--merged', type=float, nargs='*', default=[0.5, 0.625, 0.75, 0.875, 1.],
+        help='part of the patches that ToMe merges')
     parser.add_argument('--model', default='deit_small_patch16_224', help='model that is timed')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--rounds', type=int, default=7, help='rounds of timing, 0 for none')
