@@ -378,8 +378,23 @@ def client_push_levit(push):
     assert again.keep_ratio == (0.4,) * 3 and again.tradeoff is None
 
 
+def client_push_vit(push):
+    """By the name of its base, and evolved from a model of the Hub."""
+    model = create('evo_vit', base='deit_tiny_patch16_224', keep_ratio=0.4, stages=(2, 6))
+    again = push_and_reload(model, push, images())
+    assert again.keep_ratio == (0.543, 0.295) and again.model_args['base'] == 'deit_tiny_patch16_224'
+    dense = create('deit_tiny_patch16_224')
+    assert_same_weights(again, dense)
+    timm.models.push_to_hf_hub(dense, 'somebody/dense', model_args=TINY)
+    from_hub = timm.create_model('evo_vit', base='hf-hub:somebody/dense', pretrained=True, keep_ratio=0.4, stages=(2, 6))
+    with torch.no_grad():
+        assert torch.equal(from_hub.eval()(images()), model(images()))
+    push_and_reload(from_hub, push, images())
+
+
 @pushes
-@pytest.mark.parametrize('client', [client_push_deit, client_push_arguments, client_push_schedule, client_push_levit])
+@pytest.mark.parametrize('client', [
+    client_push_deit, client_push_arguments, client_push_schedule, client_push_levit, client_push_vit])
 def test_push_and_reload(hub, client, push):
     """Bit for bit, readout, keep ratio and all."""
     hub.hold_deit()

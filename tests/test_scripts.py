@@ -22,6 +22,9 @@ from timm_evovit.tools.cli import main as timm_evovit
 RECIPES = EXAMPLES / 'recipes'
 SMALL = ['img_size=32', 'patch_size=4', 'embed_dim=48', 'num_heads=3', 'depth=6']
 SMALL_LEVIT = ['img_size=64', 'embed_dim=(16,24,32)', 'key_dim=8', 'num_heads=(2,3,4)', 'depth=(3,1,1)']
+SMALL_VIT = [*SMALL, 'base="eva02_tiny_patch14_224"', 'stages=(1,3)']
+every_model = pytest.mark.parametrize(
+    'name, kwargs', [('evo_deit_tiny', SMALL), ('evo_levit_128s', SMALL_LEVIT), ('evo_vit', SMALL_VIT)])
 LEARN = [  # what makes such a model learn something in four epochs
     '--opt', 'adamw', '--lr', 1e-3, '-b', 16, '--scale', 0.8, 1, '--hflip', 0, '--warmup-epochs', 0]
 
@@ -65,6 +68,32 @@ def test_train_validate_resume(digits, tmp_path, extra):
     if 'layer_to_stage_epochs=2' in extra:
         states = [torch.load(tmp_path / run / 'last.pth.tar', weights_only=False) for run in ('run', 'resumed')]
         assert [state['state_dict']['epochs_started'].item() for state in states] == [4, 5]
+
+
+@needs_timm_repo
+@pytest.mark.slow
+@pytest.mark.parametrize('extra', [(), ('slow_tokens=attention', 'layer_to_stage_epochs=1')])
+def test_fine_tune_an_evolved_model(digits, tmp_path, extra):
+    """From a checkpoint of the dense base; moving averages; resumed; validated."""
+    common = ['--data-dir', digits, '--num-classes', 10, '--img-size', 32, '--device', 'cpu', '--workers', 1]
+    dense = ['--model', 'vit_tiny_patch16_224', *common, '--model-kwargs', *SMALL]
+    evolved = ['--model', 'evo_vit', *common, '--model-kwargs', *SMALL, 'base=vit_tiny_patch16_224', 'stages=(2,4)', *extra]
+    learn = [*LEARN, '--output', tmp_path, '--experiment']
+    run(TIMM_REPO / 'train.py', *dense, *learn, 'dense', '--epochs', 3, cwd=tmp_path)
+    tune = [*evolved, '--model-ema', '--model-ema-decay', 0.9]
+    run(TIMM_REPO / 'train.py', *tune, '--initial-checkpoint', tmp_path / 'dense' / 'last.pth.tar', *learn, 'tuned',
+        '--epochs', 2, cwd=tmp_path)
+    checkpoint = tmp_path / 'tuned' / 'last.pth.tar'
+    losses = []
+    for name in ('dense', 'tuned'):
+        with open(tmp_path / name / 'summary.csv') as f:
+            losses.append([float(row['train_loss']) for row in csv.DictReader(f)])
+    assert losses[1][-1] < losses[0][0] - 0.1
+    run(TIMM_REPO / 'train.py', *tune, *learn, 'resumed', '--epochs', 3, '--resume', checkpoint, cwd=tmp_path)
+    with open(tmp_path / 'tuned' / 'summary.csv') as f:
+        expected = [float(row['eval_top1']) for row in csv.DictReader(f)][-1]
+    log = run(TIMM_REPO / 'validate.py', *evolved, '--checkpoint', checkpoint, cwd=tmp_path)
+    assert read_top1(log) == pytest.approx(expected, abs=0.01)
 
 
 @needs_timm_repo
@@ -133,7 +162,7 @@ def test_files_of_the_authors(digits, tmp_path):
 
 @needs_timm_repo
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['evo_deit_tiny', 'evo_levit_128s'])
+@pytest.mark.parametrize('name', ['evo_deit_tiny', 'evo_levit_128s', 'evo_vit'])
 def test_onnx_export(name, tmp_path):
     """timm's script has no --model-kwargs, so the models have their own size; it compares the file with PyTorch."""
     torch.manual_seed(0)
@@ -162,7 +191,7 @@ def test_train_img_sizes(few_digits, tmp_path):
 
 @needs_timm_repo
 @pytest.mark.slow
-@pytest.mark.parametrize('name, kwargs', [('evo_deit_tiny', SMALL), ('evo_levit_128s', SMALL_LEVIT)])
+@every_model
 def test_inference(few_digits, tmp_path, name, kwargs):
     pytest.importorskip('pandas', reason="timm's inference.py needs pandas")
     model_args = {key: ast.literal_eval(value) for key, value in (kwarg.split('=') for kwarg in kwargs)}
@@ -177,7 +206,7 @@ def test_inference(few_digits, tmp_path, name, kwargs):
 
 @needs_timm_repo
 @pytest.mark.slow
-@pytest.mark.parametrize('name, kwargs', [('evo_deit_tiny', SMALL), ('evo_levit_128s', SMALL_LEVIT)])
+@every_model
 def test_benchmark(tmp_path, name, kwargs):
     run(TIMM_REPO / 'benchmark.py', '--model', name, '--model-kwargs', *kwargs, '--img-size',
         kwargs[0].partition('=')[2], '--bench', 'both', '--device', 'cpu', '-b', 2, '--num-warm-iter', 1,
