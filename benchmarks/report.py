@@ -193,7 +193,7 @@ def models_table(rows: List[Row]) -> str:
 
 
 def without_training_table(rows: List[Row]) -> str:
-    """Accuracy of trained models at the share of multiply-adds that a method leaves, and speed of another model."""
+    """Accuracy of trained models at the share of multiply-adds that a method leaves, and speed of another."""
     timed = {r['method']: r for r in rows if 'speed_up' in r}
     lines = []
     for method in dict.fromkeys(r['method'] for r in rows if 'top1' in r and r['method'] != 'dense'):
@@ -205,9 +205,8 @@ def without_training_table(rows: List[Row]) -> str:
             f"**{speed['speed_up']:.2f}** ({speed['speed_up_min']:.2f} - {speed['speed_up_max']:.2f}) of "
             f"{1 / speed['share']:.2f}" if speed else ''])
     models = ', '.join(f"{r['top1']:.2f} %" for r in rows if r['method'] == 'dense' and 'top1' in r)
-    return markdown(
-        ['method', 'share of multiply-adds', f'points lost, of {models}', 'speed-up of DeiT-S, of what its share allows'],
-        lines)
+    header = ['method', 'share of multiply-adds', f'points lost, of {models}', 'speed-up of DeiT-S, of at most']
+    return markdown(header, lines)
 
 
 def families_table(rows: List[Row]) -> str:
