@@ -145,7 +145,7 @@ def test_evolves_the_blocks_it_is_given(name, config, kwargs):
     x = images_for(dense)
     before = dense(x)
     if dense.cls_token is None and 'slow_tokens' in kwargs:
-        with pytest.raises(ValueError, match='class_token must be True'):
+        with pytest.raises(ValueError, match='no class token'):
             evolve(dense, **kwargs)
         return
     evolved = evolve(dense, **kwargs)
@@ -317,6 +317,35 @@ def test_ties_are_resolved_by_position():
     assert torch.equal(match_tokens(tokens[3:4], 5), match_tokens(tokens, 5)[3:4])
 
 
+def test_a_zero_token_in_half_precision_is_like_no_other():
+    tokens = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
+    tokens[:, 3] = 0
+    assert match_tokens(tokens.half(), 54).unique().numel() == match_tokens(tokens, 54).unique().numel() == 54
+
+
+@pytest.mark.parametrize('keep_ratio', [1., (1., 0.5)])
+def test_the_first_grid_is_called_at_any_ratio(keep_ratio):
+    model, calls = evolve(build(), keep_ratio, stages=(1, 3)), []
+    model.blocks[1].grid.register_forward_hook(lambda module, args, output: calls.append(output.shape))
+    model(images_for(model))
+    assert calls == [(3, 17, 24)]
+
+
+def test_pruning_leaves_the_series_of_ratios():
+    model = evolve(build(depth=12), 0.5)
+    ratios = model.keep_ratio
+    model.prune_intermediate_layers([4])
+    model.set_keep_ratio(0.5)
+    assert model.keep_ratio == ratios[:2] and len(model.blocks) == 5
+
+
+def test_an_empty_batch_of_grouped_keys():
+    dense = build(
+        'vit_5b_patch16_sapiens2', num_heads=4, embed_dim=32, num_kv_heads=2, init_values=0.5, dynamic_img_size=False)
+    x = images_for(dense)[:0]
+    assert evolve(dense)(x).shape == dense(x).shape == (0, 10)
+
+
 def test_modes_are_not_shared():
     dense = build(drop_path_rate=0.5, proj_drop_rate=0.5)
     x = images_for(dense)
@@ -445,7 +474,7 @@ def test_evo_vit_comes_back_evolving(by_name, how, keep_ratio, tmp_path):
 @pytest.mark.parametrize('kwargs, error, message', [
     (dict(base='nothing_of_that_name'), RuntimeError, 'nothing_of_that_name'),
     (dict(base='resnet18'), TypeError, 'VisionTransformer, VisionTransformerDistilled, Eva, got ResNet'),
-    (dict(base='vit_base_patch16_siglip_224', slow_tokens='attention'), ValueError, 'class_token must be True'),
+    (dict(base='vit_base_patch16_siglip_224', slow_tokens='attention'), ValueError, 'no class token'),
     (dict(nothing=1), TypeError, 'nothing'),
     (dict(keep_ratio=2), ValueError, r'keep_ratio must be in \(0, 1\], got 2'),
 ])

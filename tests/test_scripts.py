@@ -22,7 +22,7 @@ from timm_evovit.tools.cli import main as timm_evovit
 RECIPES = EXAMPLES / 'recipes'
 SMALL = ['img_size=32', 'patch_size=4', 'embed_dim=48', 'num_heads=3', 'depth=6']
 SMALL_LEVIT = ['img_size=64', 'embed_dim=(16,24,32)', 'key_dim=8', 'num_heads=(2,3,4)', 'depth=(3,1,1)']
-SMALL_VIT = [*SMALL, 'base="eva02_tiny_patch14_224"', 'stages=(1,3)']
+SMALL_VIT = [*SMALL, 'base="vit_tiny_patch16_224"', 'stages=(1,3)']
 every_model = pytest.mark.parametrize(
     'name, kwargs', [('evo_deit_tiny', SMALL), ('evo_levit_128s', SMALL_LEVIT), ('evo_vit', SMALL_VIT)])
 LEARN = [  # what makes such a model learn something in four epochs
@@ -88,12 +88,11 @@ def test_fine_tune_an_evolved_model(digits, tmp_path, extra):
     for name in ('dense', 'tuned'):
         with open(tmp_path / name / 'summary.csv') as f:
             losses.append([float(row['train_loss']) for row in csv.DictReader(f)])
-    assert losses[1][-1] < losses[0][0] - 0.1
+    assert losses[1][-1] < losses[0][0] - 0.05
     run(TIMM_REPO / 'train.py', *tune, *learn, 'resumed', '--epochs', 3, '--resume', checkpoint, cwd=tmp_path)
+    log = run(TIMM_REPO / 'validate.py', *evolved, '--checkpoint', checkpoint, '--use-ema', cwd=tmp_path)
     with open(tmp_path / 'tuned' / 'summary.csv') as f:
-        expected = [float(row['eval_top1']) for row in csv.DictReader(f)][-1]
-    log = run(TIMM_REPO / 'validate.py', *evolved, '--checkpoint', checkpoint, cwd=tmp_path)
-    assert read_top1(log) == pytest.approx(expected, abs=0.01)
+        assert read_top1(log) == pytest.approx([float(row['eval_top1']) for row in csv.DictReader(f)][-1], abs=0.01)
 
 
 @needs_timm_repo

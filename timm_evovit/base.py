@@ -54,7 +54,9 @@ def check_slow_tokens(slow_tokens: str, **by_attention: Any) -> None:
     """Check how slow tokens are found. Arguments of the other way must be as if they were not given."""
     check(slow_tokens in ('attention', 'similarity'), 'slow_tokens', "'attention' or 'similarity'", slow_tokens)
     for name, value in by_attention.items() if slow_tokens == 'similarity' else ():
-        check(value in (None, False, 0, 'stage', 'learned'), name, "left out with slow_tokens='similarity'", value)
+        neutral = {'selection': 'stage', 'tradeoff': 'learned', 'layer_to_stage_epochs': 0}.get(name)
+        left_out = value is None or value is False or (type(value) is type(neutral) and value == neutral)
+        check(left_out, name, "left out with slow_tokens='similarity'", value)
 
 
 def recast(module: nn.Module, cls: Any) -> Any:

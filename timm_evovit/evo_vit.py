@@ -46,8 +46,10 @@ class EvolvingAttention(nn.Module):
         """Tokens (B, N, C) to queries (B, heads, N, d), keys and values, of which there may be fewer heads."""
         B, N, _ = x.shape
         if self.qkv is None:
-            q, k, v = [y.reshape(B, N, -1, self.head_dim).transpose(1, 2) for y in (
-                self.q_proj(x), self.k_proj(x), self.v_proj(x))]
+            num_kv_heads = self.num_heads // self.num_kv_groups
+            q = self.q_proj(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
+            k = self.k_proj(x).reshape(B, N, num_kv_heads, self.head_dim).transpose(1, 2)
+            v = self.v_proj(x).reshape(B, N, num_kv_heads, self.head_dim).transpose(1, 2)
             return q, k, v
         if self.q_bias is None:
             qkv = self.qkv(x)
@@ -141,7 +143,11 @@ class EvoEvaBlockPostNorm(EvaBlockPostNorm):
 
 
 def default_stages(depth: int, slow_tokens: str) -> Sequence[int]:
-    """First block of each stage: two equal stages after a dense third, or one in every two of 12 blocks from 1 to 9."""
+    """First block of each stage.
+
+    By attention, two equal stages follow a dense third. By similarity, a sixth of the blocks is a stage, two at least, from
+    a twelfth to four fifths of the depth: blocks 1, 3, 5, 7, 9 of 12.
+    """
     if slow_tokens == 'attention':
         return sorted({depth // 3, 2 * depth // 3} - {0})
     step = max(2, round(depth / 6))
@@ -211,9 +217,10 @@ class EvolvingVit(EvolvingModel):
         """Check the arguments and make the blocks of the dense model evolve."""
         depth = len(self.feature_info)  # as built; features_only may have pruned blocks since
         check_slow_tokens(slow_tokens, representative_token=representative_token, tradeoff=tradeoff)
-        if slow_tokens == 'attention':
-            cls_token = self.cls_token is not None
-            check(cls_token, 'class_token', "True with slow_tokens='attention', which needs class attention", cls_token)
+        if slow_tokens == 'attention' and self.cls_token is None:
+            raise ValueError(
+                'The model has no class token, and so no class attention to find slow tokens by. '
+                "slow_tokens='similarity' needs none.")
         if stages is None:
             stages = default_stages(depth, slow_tokens)
         starts: Any = (stages,) if is_number(stages) else stages
@@ -224,6 +231,7 @@ class EvolvingVit(EvolvingModel):
             all(0 < s < depth for s in starts), 'stages', f'in 1 .. {depth - 1} for a model of {depth} blocks', stages)
         check(all(a < b for a, b in zip(starts, starts[1:])), 'stages', 'in ascending order', stages)
         self.stage_starts: Tuple[int, ...] = tuple(starts)
+        self.num_stages = len(starts)
         if tradeoff is None:
             first = self.stage_starts[0] if self.stage_starts else depth
             tradeoff = (1.,) * first + (0.5,) * (depth - first)
@@ -242,7 +250,7 @@ class EvolvingVit(EvolvingModel):
     def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
         ratios = super()._stage_ratios(keep_ratio, num_stages)
         if self.slow_tokens == 'similarity' and is_number(keep_ratio) and ratios:
-            return falling_ratios(ratios[0], num_stages)
+            return falling_ratios(ratios[0], self.num_stages)[:num_stages]  # also where stages have been pruned
         return ratios
 
     def _truncate_to_depth(self) -> None:
@@ -426,8 +434,9 @@ def evolve(
     Args:
         model: Built VisionTransformer, VisionTransformerDistilled or Eva, or one in the wrapper that
             `features_only=True` makes.
-        keep_ratio, stages, slow_tokens, tradeoff, selection, layer_to_stage_epochs: As in `EvoVisionTransformer`. With
-            'similarity' there are five stages by default, and one keep ratio is the geometric mean of a falling series.
+        keep_ratio, stages, slow_tokens, tradeoff, selection, layer_to_stage_epochs: As in `EvoVisionTransformer`. By
+            similarity, one keep ratio is the geometric mean of a series that falls from stage to stage, to three
+            decimals.
         representative_token: Update placeholders by a representative token, or leave them until the stage ends.
             Default: True where class attention finds slow tokens.
 

@@ -54,7 +54,7 @@ class Schedule(NamedTuple):
             selects = i in starts or (selection == 'layer' and seen[i] < 1)
             rounds, goes_on = 0, False
             if slow_tokens == 'similarity':
-                selects, goes_on = seen[i] != before, seen[i] < before
+                selects, goes_on = i in starts and (before == 1 or seen[i] != before), seen[i] < before < 1
                 rounds = num_matching_rounds(before if goes_on else 1., seen[i])
             stage_keep_ratio.append(as_fraction(seen[i]) if selects else None)
             matching_rounds.append(rounds)
@@ -280,8 +280,9 @@ def match_tokens(tokens: torch.Tensor, num_groups: int) -> torch.Tensor:
     """
     n = tokens.shape[1]
     other = tokens[:, 1::2]
-    scores = F.normalize(tokens[:, ::2], dim=-1) @ other.transpose(1, 2)
-    scores = scores / torch.linalg.vector_norm(other, dim=-1).clamp_min(1e-12).unsqueeze(1)
+    eps = 1e-6  # not zero in half precision
+    scores = F.normalize(tokens[:, ::2], dim=-1, eps=eps) @ other.transpose(1, 2)
+    scores = scores / torch.linalg.vector_norm(other, dim=-1).clamp_min(eps).unsqueeze(1)
     best, partner = F.pad(scores, [0, 1], value=-2.).max(dim=2)  # a column more: max fails where there is none
     # rank by comparison: a stable sort is not known to ONNX, and another resolves ties as it likes
     mine, others = best.unsqueeze(2), best.unsqueeze(1)
@@ -519,7 +520,7 @@ class EvolvingSequential(nn.Sequential):
         for i, block in enumerate(self):
             keep_ratio = schedule.stage_keep_ratio[i]
             if keep_ratio is not None:
-                if not schedule.nested[i] or len(stages.states) == 0:
+                if not schedule.nested[i]:
                     x, global_attn = stages.merge(x), stages.merge_attn(global_attn)
                     stages = Stages(x, self.num_prefix_tokens, self.representative_token)
                     x = block.grid(x)
