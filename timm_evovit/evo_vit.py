@@ -145,8 +145,8 @@ class EvoEvaBlockPostNorm(EvaBlockPostNorm):
 def default_stages(depth: int, slow_tokens: str) -> Sequence[int]:
     """First block of each stage.
 
-    By attention, two equal stages follow a dense third. By similarity, a sixth of the blocks is a stage, two at least, from
-    a twelfth to four fifths of the depth: blocks 1, 3, 5, 7, 9 of 12.
+    By attention, two equal stages follow a dense third. By similarity, a sixth of the blocks is a stage, two at least,
+    from a twelfth to four fifths of the depth: blocks 1, 3, 5, 7, 9 of 12.
     """
     if slow_tokens == 'attention':
         return sorted({depth // 3, 2 * depth // 3} - {0})
