@@ -32,9 +32,8 @@ EVOLUTION_ARGS = (
 
 
 @torch.fx.wrap
-def rotate(x: torch.Tensor, rope: torch.Tensor, half: bool) -> torch.Tensor:
+def rotate(x: torch.Tensor, rope: torch.Tensor, num_prefix_tokens: int, half: bool) -> torch.Tensor:
     """Rotate queries or keys (B, heads, N, d) but for prefix tokens; `rope` is (B or 1, heads or 1, n, 2 * d)."""
-    num_prefix_tokens = x.shape[2] - rope.shape[2]
     rotated = apply_rot_embed_cat(x[:, :, num_prefix_tokens:], rope, half)
     return torch.cat([x[:, :, :num_prefix_tokens], rotated], dim=2).type_as(x)
 
@@ -70,7 +69,8 @@ class EvolvingAttention(nn.Module):
         if context is not None:
             bias, rope = context.bias, context.rope
             if rope is not None:
-                q, k = rotate(q, rope, self.rotate_half).type_as(v), rotate(k, rope, self.rotate_half).type_as(v)
+                q = rotate(q, rope, self.num_prefix_tokens, self.rotate_half).type_as(v)
+                k = rotate(k, rope, self.num_prefix_tokens, self.rotate_half).type_as(v)
         if self.num_kv_groups > 1:
             k, v = k.repeat_interleave(self.num_kv_groups, dim=1), v.repeat_interleave(self.num_kv_groups, dim=1)
         if context is not None and context.needs_class_attn:
@@ -191,7 +191,7 @@ def evolve_block(block: nn.Module, name: str) -> nn.Module:
     block = recast(block, EVOLVING[type(block)])
     block.grid = nn.Identity()  # called with the complete tokens where an evolution stage starts at this block
     block.attn = recast(block.attn, EVOLVING[type(block.attn)])
-    for key, default in dict(gate=None, q_bias=None, num_kv_groups=1, rotate_half=False).items():
+    for key, default in dict(gate=None, q_bias=None, num_kv_groups=1, num_prefix_tokens=1, rotate_half=False).items():
         if not hasattr(block.attn, key):
             setattr(block.attn, key, default)
     return block

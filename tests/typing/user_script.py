@@ -30,7 +30,9 @@ maps: List[torch.Tensor] = features(images)
 for tokens in informative_tokens(fast, images):
     block: int = tokens.block
     share: float = tokens.mask.float().mean().item()
-    highest: torch.Tensor = tokens.attention.amax()
+    groups: torch.Tensor = tokens.groups.amax()
+    if tokens.attention is not None:
+        highest: torch.Tensor = tokens.attention.amax()
 
 # Evo-DeiT and Evo-LeViT, built by name or by their classes
 created = timm.create_model('evo_deit_small', num_classes=10)
