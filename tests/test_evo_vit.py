@@ -15,7 +15,7 @@ from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Attention, ParallelScalingBlock, VisionTransformer
 
 from timm_evovit import evolve, informative_tokens
-from timm_evovit.evolution import match_tokens
+from timm_evovit.evolution import group_sums, match_tokens
 
 SMALL = dict(TINY, depth=6)
 NO_CLASS_TOKEN = dict(class_token=False, global_pool='avg')
@@ -55,11 +55,21 @@ def build(name='vit_base_patch16_224', seed=0, **kwargs):
     gated = name.startswith('gated')
     name = {'gated': 'vit_base_patch16_224', 'gated rope': 'vit_base_patch16_rope_224'}.get(name, name)
     kwargs = {'depth': 6, **kwargs}
+    if not timm.is_model(name):
+        pytest.skip(f'this timm has no {name}')
     torch.manual_seed(seed)
     model = timm.create_model(name, **helpers.tiny(name, **kwargs))
+    if gated and not hasattr(model.blocks[0].attn, 'gate'):
+        pytest.skip('the attention layers of this timm have no gate')
     for block in model.blocks if gated else ():
         block.attn.gate = torch.nn.Linear(24, 24)
-    return helpers.randomize(model).eval().double()
+    model = helpers.randomize(model).eval().double()
+    if getattr(model, 'rope_mixed', False):
+        try:
+            model.rope.get_embed(shape=(4, 4))
+        except RuntimeError as e:
+            pytest.skip(f'mixed rotary embeddings of this timm know no float64: {e}')
+    return model
 
 
 def written_out(dense, evolved, x):
@@ -91,7 +101,7 @@ def written_out(dense, evolved, x):
 
     def class_attention(block, y, rope):
         attn = block.attn
-        rows = []
+        rows, head_dim = [], attn.proj.in_features // attn.num_heads
         y = block.norm1(y) if type(block).__name__ in ('Block', 'EvaBlock') else y
         bias = 0.
         if getattr(attn, 'q_bias', None) is not None:
@@ -99,7 +109,7 @@ def written_out(dense, evolved, x):
         if attn.qkv is not None:
             q, k, _ = (attn.qkv(y) + bias).view(len(y), 3, attn.num_heads, -1).unbind(1)
         else:
-            q, k = attn.q_proj(y).view(len(y), attn.num_heads, -1), attn.k_proj(y).view(len(y), -1, attn.head_dim)
+            q, k = attn.q_proj(y).view(len(y), attn.num_heads, -1), attn.k_proj(y).view(len(y), -1, head_dim)
         q, k = attn.q_norm(q), attn.k_norm(k)
         for h in range(attn.num_heads):
             keys = k[:, h * k.shape[1] // attn.num_heads]
@@ -107,7 +117,7 @@ def written_out(dense, evolved, x):
                 sin, cos = rope[h % len(rope)].chunk(2, dim=1)
                 keys = torch.cat([keys[:P], torch.stack([
                     rotated(key, s, c, attn.rotate_half) for key, s, c in zip(keys[P:], sin, cos)])])
-            rows.append(torch.softmax(keys @ q[0, h] / math.sqrt(attn.head_dim), dim=0))
+            rows.append(torch.softmax(keys @ q[0, h] / math.sqrt(head_dim), dim=0))
         return sum(rows) / len(rows)
 
     def rotated(key, sin, cos, half):
@@ -315,6 +325,23 @@ def test_ties_are_resolved_by_position():
     tokens = torch.cat([torch.ones(2, 8, 4), torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0))])
     assert match_tokens(tokens, 6)[:2].tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]] * 2
     assert torch.equal(match_tokens(tokens[3:4], 5), match_tokens(tokens, 5)[3:4])
+
+
+@pytest.mark.parametrize('slow_tokens', ['similarity', 'attention'])
+@torch.no_grad()
+def test_fx_traces_an_embedding_for_each_block(slow_tokens):
+    dense = build('vit_base_patch16_rope_mixed_224', dynamic_img_size=False)
+    x = images_for(dense)
+    evolved = evolve(dense, slow_tokens=slow_tokens)
+    torch.testing.assert_close(torch.fx.symbolic_trace(evolved)(x), evolved(x))
+
+
+def test_large_groups_in_bfloat16():
+    """A group of a thousand patches that differ little: its mean is not that of the last few."""
+    tokens = 1 + torch.arange(1000.).view(1, 1000, 1) / 1000
+    idx, weight = torch.zeros(1, 1000, dtype=torch.int64), torch.full((1, 1000), 1 / 1000)
+    mean = group_sums(tokens.bfloat16(), weight, idx, 1)
+    assert mean.dtype == torch.bfloat16 and abs(mean.item() - tokens.mean().item()) < 0.01
 
 
 def test_a_zero_token_in_half_precision_is_like_no_other():

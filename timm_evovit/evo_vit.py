@@ -191,7 +191,10 @@ def evolve_block(block: nn.Module, name: str) -> nn.Module:
     block = recast(block, EVOLVING[type(block)])
     block.grid = nn.Identity()  # called with the complete tokens where an evolution stage starts at this block
     block.attn = recast(block.attn, EVOLVING[type(block.attn)])
-    for key, default in dict(gate=None, q_bias=None, num_kv_groups=1, num_prefix_tokens=1, rotate_half=False).items():
+    head_dim = block.attn.proj.in_features // block.attn.num_heads
+    defaults = dict(  # of what not every layer and not every version of timm has
+        gate=None, q_bias=None, num_kv_groups=1, num_prefix_tokens=1, rotate_half=False, head_dim=head_dim)
+    for key, default in defaults.items():
         if not hasattr(block.attn, key):
             setattr(block.attn, key, default)
     return block
@@ -242,6 +245,7 @@ class EvolvingVit(EvolvingModel):
             num_prefix_tokens=self.num_prefix_tokens,
             representative_token=check_flag('representative_token', representative_token),
         )
+        self.rope_per_block = getattr(self, 'rope_mixed', False)
         device = next(self.parameters()).device
         self._init_evolution(keep_ratio, len(self.stage_starts), slow_tokens, selection, device=device, **kwargs)
         self._truncate_to_depth()
@@ -311,7 +315,7 @@ class EvolvingVit(EvolvingModel):
         """Image (B, in_chans, H, W) to tokens (B, N, C), the patch grid complete and in raster order."""
         check_no_mask(attn_mask, is_causal)
         x, rope = self._embed(x)
-        return self.norm(self.blocks(x, EvolutionState(rope=rope)))
+        return self.norm(self.blocks(x, EvolutionState(rope=rope, rope_per_block=self.rope_per_block)))
 
     def forward_intermediates(
             self,
@@ -333,7 +337,7 @@ class EvolvingVit(EvolvingModel):
 
         height, width = x.shape[-2:]
         x, rope = self._embed(x)
-        state = EvolutionState(take_indices=take_indices, rope=rope)
+        state = EvolutionState(take_indices=take_indices, rope=rope, rope_per_block=self.rope_per_block)
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             x = self.blocks(x, state)
         else:
@@ -364,7 +368,7 @@ class EvolvingVit(EvolvingModel):
     def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
         grid_size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         x, rope = self._embed(x)
-        state = EvolutionState(rope=rope)
+        state = EvolutionState(rope=rope, rope_per_block=self.rope_per_block)
         self.blocks(x, state)
         return [(s, grid_size) for s in state.selections]
 

@@ -125,6 +125,7 @@ class EvolutionState:
             take_indices: Optional[List[int]] = None,
             global_attn: Optional[torch.Tensor] = None,
             rope: Optional[torch.Tensor] = None,
+            rope_per_block: bool = False,
     ) -> None:
         """
         Args:
@@ -132,11 +133,13 @@ class EvolutionState:
             take_indices: Blocks after which the complete sequence is wanted, also in the middle of a stage.
             global_attn: Global class attention (B, n), None where nothing later reads it.
             rope: Sine and cosine of the rotary embedding of the patches, (1 or blocks, B or 1, heads or 1, n, d).
+            rope_per_block: Whether each block has a rotary embedding of its own.
         """
         self.tradeoff = tradeoff
         self.take_indices = take_indices if take_indices is not None else torch.jit.annotate(List[int], [])
         self.global_attn = global_attn
         self.rope = rope
+        self.rope_per_block = rope_per_block
         self.intermediates = torch.jit.annotate(List[torch.Tensor], [])  # (B, N, C) each
         self.selections = torch.jit.annotate(List[Selection], [])
 
@@ -174,15 +177,17 @@ def num_matching_rounds(before: float, after: float) -> int:
     return rounds
 
 
+def at_least_float32(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 @torch.fx.wrap
 def class_attention(scores: torch.Tensor) -> torch.Tensor:
     """Scaled dot products (B, heads, N) of the class token's query with all keys to class attention (B, N).
 
     It is the mean over the heads (paper eq. 3), in float32 at least: selection needs to tell close patches apart.
     """
-    if scores.dtype != torch.float64:
-        scores = scores.float()
-    return scores.softmax(dim=-1).mean(dim=1)
+    return scores.to(at_least_float32(scores)).softmax(dim=-1).mean(dim=1)
 
 
 def update_global_attn(
@@ -251,16 +256,19 @@ def split_tokens(
 
 @torch.fx.wrap
 def group_sums(tokens: torch.Tensor, weight: torch.Tensor, group_idx: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Sums (B, num_groups, C) of the tokens (B, n, C) in each group, weighted by (B, n); `group_idx` is (B, n)."""
+    """Sums (B, num_groups, C) of the tokens (B, n, C) in each group, weighted by (B, n); `group_idx` is (B, n).
+
+    They are summed in the precision of the weights.
+    """
     B, n, C = tokens.shape
-    rows = (tokens * weight.to(tokens.dtype).unsqueeze(2)).reshape(B * n, C)
+    rows = (tokens * weight.unsqueeze(2)).reshape(B * n, C)
     idx = flat_idx(group_idx, num_groups)
-    out = tokens.new_zeros(B * num_groups, C)
+    out = rows.new_zeros(B * num_groups, C)
     if torch.jit.is_tracing():  # the ONNX exporter without torch.export loses repeated indices of index_add
         out = out.scatter_add(0, idx.unsqueeze(1).expand(-1, C), rows)
     else:
         out = out.index_add(0, idx, rows)
-    return out.view(B, num_groups, C)
+    return out.view(B, num_groups, C).to(tokens.dtype)
 
 
 @torch.fx.wrap
@@ -316,7 +324,7 @@ def group_tokens(
     """
     B = x.shape[0]
     if sizes is None:
-        sizes = torch.ones_like(x[:, :, 0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        sizes = torch.ones_like(x[:, :, 0], dtype=at_least_float32(x))
     group_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
     prefix_idx = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
     slow_idx = torch.cat([prefix_idx, group_idx + num_prefix_tokens], dim=1)
@@ -352,7 +360,7 @@ def group_rope(
     """
     B, n = group_idx.shape
     heads, d = rope.shape[1], rope.shape[3]
-    ones = torch.ones_like(group_idx, dtype=rope.dtype)
+    ones = torch.ones_like(group_idx, dtype=at_least_float32(rope))
     sizes = ones.new_zeros(B, num_groups + 1).scatter_add(1, group_idx, ones)  # the last is that of the rest
     rows = rope.transpose(1, 2).reshape(rope.shape[0], n, heads * d).expand(B, n, heads * d)
     means = group_sums(rows, 1 / sizes.gather(1, group_idx), group_idx, num_groups + 1)
@@ -538,8 +546,8 @@ class EvolvingSequential(nn.Sequential):
                 global_attn = None
             needs_class_attn = schedule.needs_class_attention[i] and (
                 global_attn is None or tradeoff is not None or self.tradeoff[i] > 0)
-            if rope is not None and (i == 0 or keep_ratio is not None or rope.shape[0] > 1):
-                block_rope = stages.divide_rope(rope[i if rope.shape[0] > 1 else 0])
+            if rope is not None and (i == 0 or keep_ratio is not None or state.rope_per_block):
+                block_rope = stages.divide_rope(rope[i if state.rope_per_block else 0])
             class_attn: Optional[torch.Tensor] = None
             plain = not needs_class_attn and bias is None and block_rope is None
             if self.grad_checkpointing and not torch.jit.is_scripting():
