@@ -498,15 +498,17 @@ def evo_vit(
     """
     evolution_args = {k: kwargs.pop(k) for k in EVOLUTION_ARGS if k in kwargs}
     cfg = resolve_pretrained_cfg('evo_vit', pretrained_cfg)
-    if cfg.has_weights or cfg.state_dict:  # a saved evo_vit
-        source, name = parse_model_name(base)
-        if source:  # timm takes either weights or a source
-            load = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
-            _, base, base_args = load(name)
-            kwargs = {**(base_args or {}), **kwargs}
-        kwargs['pretrained_cfg'] = replace(cfg, architecture=base)
+    source, name = parse_model_name(base)
+    architecture, base_args = base, None
+    if source == 'hf-hub':
+        _, architecture, base_args = load_model_config_from_hf(name, kwargs.get('cache_dir'))
+    elif source:
+        _, architecture, base_args = load_model_config_from_path(name)
+    all_args = {**(base_args or {}), **kwargs}
+    if cfg.has_weights or cfg.state_dict:  # a saved evo_vit: timm takes either weights or a source
+        base, kwargs = architecture, {**all_args, 'pretrained_cfg': replace(cfg, architecture=architecture)}
     model = evolve(timm.create_model(base, pretrained, **kwargs), **evolution_args)
     if isinstance(model, EvolvingModel):  # and not in the wrapper of features_only
-        model._remember_args(**kwargs)
+        model._remember_args(**all_args)
         model.is_named = True
     return model
