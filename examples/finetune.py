@@ -24,7 +24,7 @@ from timm_evovit import AssistedLoss, evolve
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--data-dir', type=Path, required=True, help='folder with train/CLASS/* and validation/CLASS/*')
-parser.add_argument('--model', default='evo_deit_small', help='evo_* model, or Vision Transformer with a class token')
+parser.add_argument('--model', default='evo_deit_small', help='evo_* model, or Vision Transformer, which is evolved')
 parser.add_argument('--pretrained', action='store_true', help="start from the model's pretrained weights")
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='further arguments of the model')
 parser.add_argument('--img-size', type=int, help="the model's own by default")

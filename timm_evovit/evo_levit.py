@@ -161,7 +161,6 @@ class EvoLevitStage(LevitStage):
         blocks = [recast(block, EvoLevitBlock) for block in stage.blocks]
         for block in blocks:
             block.attn = recast(block.attn, EvoLevitAttention)
-            block.grid = nn.Identity()  # called with the complete tokens where an evolution stage starts at this block
         stage.blocks = EvolvingSequential(
             *blocks, tradeoff=[tradeoff] * len(blocks), representative_token=representative_token)
         for module in stage.modules():
@@ -244,10 +243,10 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         Args:
             img_size, in_chans, num_classes, embed_dim, key_dim, depth: As in timm's Levit, but forward takes images of
                 this size only.
-            keep_ratio: Ratio of informative patches in (0, 1], one for all stages or one per stage. Blocks 0 and 1
+            keep_ratio: Ratio of slow tokens to patches in (0, 1], one for all stages or one per stage. Blocks 0 and 1
                 of the first stage always see all patches.
             tradeoff: Weight in [0, 1] of each attention's class attention in the global class attention, or 'learned',
-                one scalar per attention.
+                one scalar per attention. By similarity the scalars are there, so that weights fit, but not used.
             slow_tokens, selection, assisted_cls, layer_to_stage_epochs: As in `EvoVisionTransformer`, but each stage
                 groups the patches of its own grid. In the layer-wise epochs the tradeoff is 0.5 and not learned.
             representative_token: Update placeholders by a representative token, or leave them as they are until the

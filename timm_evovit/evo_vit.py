@@ -189,7 +189,6 @@ def evolve_block(block: nn.Module, name: str) -> nn.Module:
     if type(block.attn) not in EVOLVING:
         raise TypeError(f'{name}.attn must be timm\'s {", ".join(kinds[:3])}, got {type(block.attn).__name__}.')
     block = recast(block, EVOLVING[type(block)])
-    block.grid = nn.Identity()  # called with the complete tokens where an evolution stage starts at this block
     block.attn = recast(block.attn, EVOLVING[type(block.attn)])
     head_dim = block.attn.proj.in_features // block.attn.num_heads
     defaults = dict(  # of what not every layer and not every version of timm has

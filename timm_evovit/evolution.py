@@ -481,6 +481,9 @@ class EvolvingSequential(nn.Sequential):
             representative_token: bool = False,
     ) -> None:
         super().__init__(*blocks)
+        for block in blocks:
+            if not hasattr(block, 'grid'):  # a slice of a sequence keeps its hooks
+                block.grid = nn.Identity()
         self.tradeoff = list(tradeoff)
         self.num_prefix_tokens = num_prefix_tokens
         self.representative_token = representative_token
