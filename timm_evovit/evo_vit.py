@@ -31,13 +31,6 @@ EVOLUTION_ARGS = (
     'keep_ratio', 'stages', 'slow_tokens', 'representative_token', 'tradeoff', 'selection', 'layer_to_stage_epochs')
 
 
-@torch.fx.wrap
-def rotate(x: torch.Tensor, rope: torch.Tensor, num_prefix_tokens: int, half: bool) -> torch.Tensor:
-    """Rotate queries or keys (B, heads, N, d) but for prefix tokens; `rope` is (B or 1, heads or 1, n, 2 * d)."""
-    rotated = apply_rot_embed_cat(x[:, :, num_prefix_tokens:], rope, half)
-    return torch.cat([x[:, :, :num_prefix_tokens], rotated], dim=2).type_as(x)
-
-
 class EvolvingAttention(nn.Module):
     """What timm's attention layers share, and class attention; to be inherited from before one of them."""
 
@@ -69,8 +62,9 @@ class EvolvingAttention(nn.Module):
         if context is not None:
             bias, rope = context.bias, context.rope
             if rope is not None:
-                q = rotate(q, rope, self.num_prefix_tokens, self.rotate_half).type_as(v)
-                k = rotate(k, rope, self.num_prefix_tokens, self.rotate_half).type_as(v)
+                # contiguous first: their products with sines and cosines are faster on a CPU
+                q = apply_rot_embed_cat(q.contiguous(), rope, self.rotate_half).type_as(v)
+                k = apply_rot_embed_cat(k.contiguous(), rope, self.rotate_half).type_as(v)
         if self.num_kv_groups > 1:
             k, v = k.repeat_interleave(self.num_kv_groups, dim=1), v.repeat_interleave(self.num_kv_groups, dim=1)
         if context is not None and context.needs_class_attn:
@@ -192,7 +186,7 @@ def evolve_block(block: nn.Module, name: str) -> nn.Module:
     block.attn = recast(block.attn, EVOLVING[type(block.attn)])
     head_dim = block.attn.proj.in_features // block.attn.num_heads
     defaults = dict(  # of what not every layer and not every version of timm has
-        gate=None, q_bias=None, num_kv_groups=1, num_prefix_tokens=1, rotate_half=False, head_dim=head_dim)
+        gate=None, q_bias=None, num_kv_groups=1, rotate_half=False, head_dim=head_dim)
     for key, default in defaults.items():
         if not hasattr(block.attn, key):
             setattr(block.attn, key, default)
@@ -399,6 +393,9 @@ class EvolvedEva(EvolvingVit, Eva):
                 rope = rope.reshape(rope.shape[0], -1, rope.shape[-3], n, d)
             else:  # (n, d), after patch dropout (B, 1, n, d)
                 rope = rope.reshape(1, -1, 1, n, d)
+            prefix = [0, 0, self.num_prefix_tokens, 0]  # tokens that are not rotated
+            sin, cos = rope.chunk(2, dim=-1)
+            rope = torch.cat([F.pad(sin, prefix), F.pad(cos, prefix, value=1.)], dim=-1)
         return self.norm_pre(x), rope
 
     @torch.jit.unused

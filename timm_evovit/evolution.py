@@ -104,7 +104,7 @@ class AttentionContext:
         """
         Args:
             bias: Added to the scaled dot products with each key, (B, 1, 1, N).
-            rope: Sine and cosine of the rotary embedding of each token behind the prefix, (B or 1, heads or 1, n, d).
+            rope: Sine and cosine of the rotary embedding of each token, (B or 1, heads or 1, N, d).
             needs_class_attn: Whether class attention is wanted.
         """
         self.bias = bias
@@ -132,7 +132,7 @@ class EvolutionState:
             tradeoff: Weights of the attention layers still to come in place of their fixed ones.
             take_indices: Blocks after which the complete sequence is wanted, also in the middle of a stage.
             global_attn: Global class attention (B, n), None where nothing later reads it.
-            rope: Sine and cosine of the rotary embedding of the patches, (1 or blocks, B or 1, heads or 1, n, d).
+            rope: Sine and cosine of the rotary embedding of each token, (1 or blocks, B or 1, heads or 1, N, d).
             rope_per_block: Whether each block has a rotary embedding of its own.
         """
         self.tradeoff = tradeoff
@@ -346,28 +346,28 @@ def merge_tokens(stage: StageState, slow: torch.Tensor) -> torch.Tensor:
 
 
 @torch.fx.wrap
-def group_rope(
-        rope: torch.Tensor,
-        group_idx: torch.Tensor,
-        num_groups: int,
-        representative_token: bool,
-) -> torch.Tensor:
-    """Rotary embedding of slow tokens, (B, heads or 1, M, d), from that of the patches, (B or 1, heads or 1, n, d).
+def group_rope(rope: torch.Tensor, slow_idx: torch.Tensor, num_slow: int, representative_token: bool) -> torch.Tensor:
+    """Rotary embedding of slow tokens, (B, heads or 1, P + M, d), from that of all, (B or 1, heads or 1, N, d).
 
     It is the mean over the patches of a slow token: a query of the one patch of an informative token is rotated as
     ever, and the dot product with a group is the mean of those with its patches, were they alike. The representative
-    token is not rotated, as prefix tokens are not: it stands for patches all over the image.
+    token takes that of the class token, which is not rotated: it stands for patches all over the image.
+
+    Args:
+        rope: Sine and cosine of each token.
+        slow_idx: Slow token of each token, (B, N), from `num_slow` on for those that wait or share a representative.
+        num_slow: Number of slow tokens but for the representative one.
+        representative_token: Append the embedding of the one that those from `num_slow` on share, if there are any.
     """
-    B, n = group_idx.shape
+    B, N = slow_idx.shape
     heads, d = rope.shape[1], rope.shape[3]
-    ones = torch.ones_like(group_idx, dtype=at_least_float32(rope))
-    sizes = ones.new_zeros(B, num_groups + 1).scatter_add(1, group_idx, ones)  # the last is that of the rest
-    rows = rope.transpose(1, 2).reshape(rope.shape[0], n, heads * d).expand(B, n, heads * d)
-    means = group_sums(rows, 1 / sizes.gather(1, group_idx), group_idx, num_groups + 1)
-    out = means[:, :num_groups].reshape(B, num_groups, heads, d).transpose(1, 2)
-    if representative_token and n > num_groups:
-        identity = torch.cat([torch.zeros_like(out[:, :, :1, :d // 2]), torch.ones_like(out[:, :, :1, d // 2:])], dim=3)
-        out = torch.cat([out, identity], dim=2)
+    ones = torch.ones_like(slow_idx, dtype=at_least_float32(rope))
+    sizes = ones.new_zeros(B, num_slow + 1).scatter_add(1, slow_idx, ones)  # the last is that of the rest
+    rows = rope.transpose(1, 2).reshape(rope.shape[0], N, heads * d).expand(B, N, heads * d)
+    means = group_sums(rows, 1 / sizes.gather(1, slow_idx), slow_idx, num_slow + 1)
+    out = means[:, :num_slow].reshape(B, num_slow, heads, d).transpose(1, 2)
+    if representative_token and num_slow < N:
+        out = torch.cat([out, out[:, :, :1]], dim=2)
     return out
 
 
@@ -399,6 +399,7 @@ class Stages:
         self.representative_token = representative_token
         self.states = torch.jit.annotate(List[StageState], [])  # the outermost first
         self.selection = torch.jit.annotate(Optional[Selection], None)
+        self.slow_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, N) where each token belongs by now
         self.keep_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, K) raster indices of informative patches
         self.sizes = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, P + M) number of patches of each token
 
@@ -410,6 +411,7 @@ class Stages:
             x, global_attn, keep_ratio, self.num_prefix_tokens, self.representative_token)
         self.states.append(stage)
         self.keep_idx = keep_idx
+        self.slow_idx = stage.slow_idx
         group_idx = stage.slow_idx[:, self.num_prefix_tokens:] - self.num_prefix_tokens
         self.selection = Selection(block, group_idx, num_kept(self.num_patches, keep_ratio), global_attn)
         return stage.slow, kept_attn
@@ -424,10 +426,11 @@ class Stages:
             stage, sizes = group_tokens(x, self.sizes, larger(num_groups, (x.shape[1] - P) // 2), P)
             self.states.append(stage)
             self.sizes = sizes
-            group_idx, selection = stage.slow_idx[:, P:] - P, self.selection
-            if selection is not None:
-                group_idx = group_idx.gather(1, selection.group_idx)
-            self.selection = Selection(block, group_idx, num_groups, None)
+            slow_idx, before = stage.slow_idx, self.slow_idx
+            if before is not None:
+                slow_idx = slow_idx.gather(1, before)
+            self.slow_idx = slow_idx
+            self.selection = Selection(block, slow_idx[:, P:] - P, num_groups, None)
             x = stage.slow
         return x
 
@@ -454,12 +457,12 @@ class Stages:
         return sizes.log().to(x.dtype)[:, None, None]
 
     def divide_rope(self, rope: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding of the patches, (B or 1, heads or 1, n, d), to that of the slow tokens."""
-        selection = self.selection
-        if selection is None:
+        """Rotary embedding of the complete sequence, (B or 1, heads or 1, N, d), to that of the slow tokens."""
+        slow_idx, selection = self.slow_idx, self.selection
+        if slow_idx is None or selection is None:
             return rope
-        representative_token = self.representative_token and self.keep_idx is not None
-        return group_rope(rope, selection.group_idx, selection.num_groups, representative_token)
+        num_slow = self.num_prefix_tokens + selection.num_groups
+        return group_rope(rope, slow_idx, num_slow, self.representative_token and self.keep_idx is not None)
 
 
 class EvolvingSequential(nn.Sequential):
