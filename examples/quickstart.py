@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from matplotlib import pyplot as plt
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -27,7 +26,8 @@ from timm.utils import random_seed
 from torch import nn
 from tqdm import tqdm
 
-from timm_evovit import AssistedLoss, informative_tokens
+from timm_evovit import AssistedLoss
+from timm_evovit.tools.visualize import sheet, visualize
 
 MODELS = {  # dense model, Evo-ViT model, arguments that make both small, epochs
     'evo_deit': ('deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224', dict(
@@ -39,9 +39,6 @@ MODELS = {  # dense model, Evo-ViT model, arguments that make both small, epochs
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--model', default='evo_deit', choices=sorted(MODELS))
 parser.add_argument('--epochs', type=int, help='default: 30 for evo_deit, 15 for evo_levit')
-parser.add_argument('--batch-size', type=int, default=64)
-parser.add_argument('--lr', type=float, default=3e-3)
-parser.add_argument('--seed', type=int, default=0)
 parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
 parser.add_argument('--output', type=Path, default=Path('output/quickstart'))
 
@@ -65,24 +62,6 @@ def seconds(function, device):
     return time.perf_counter() - start
 
 
-def draw(model, images, path):
-    """Draw digits, and below them the same digits with all but the selected patches faded."""
-    pixels = (images.cpu() * 0.5 + 0.5).clamp(0, 1)
-    faded = 0.3 * pixels + torch.tensor([0.35, 0.0, 0.25]).view(3, 1, 1)
-    rows = {'digit': pixels}
-    for selection in informative_tokens(model, images):
-        mask = nn.functional.interpolate(selection.mask[:, None].float().cpu(), pixels.shape[-2:])
-        rows[f'informative\nfrom block {selection.block}'] = pixels * mask + faded * (1 - mask)
-    figure, axes = plt.subplots(len(rows), len(images), figsize=(1.2 * len(images) + 1, 1.25 * len(rows)))
-    for (label, pictures), line in zip(rows.items(), axes):
-        for picture, axis in zip(pictures, line):
-            axis.imshow(picture.permute(1, 2, 0))
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(label, rotation=0, ha='right', va='center', fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def main():
     args = parser.parse_args()
     *names, model_args, epochs = MODELS[args.model]
@@ -92,7 +71,7 @@ def main():
     norm = dict(mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
 
     write_digits(args.output / 'digits')
-    data = dict(input_size=size, batch_size=args.batch_size, num_workers=0, persistent_workers=False,
+    data = dict(input_size=size, batch_size=64, num_workers=0, persistent_workers=False,
                 use_prefetcher=False, interpolation='bicubic', **norm)
     train = create_loader(
         create_dataset('', root=args.output / 'digits', split='train'), is_training=True, scale=(0.85, 1.0), hflip=0.,
@@ -101,7 +80,7 @@ def main():
 
     models, losses, optimizers, schedulers = {}, {}, {}, {}
     for name in names:
-        random_seed(args.seed)
+        random_seed(0)
         # as in the paper: tokens are selected before every block for two thirds of the epochs, then once per stage
         schedule = dict(layer_to_stage_epochs=2 * epochs // 3) if name == evo else {}
         model = timm.create_model(
@@ -110,7 +89,7 @@ def main():
         if name == evo:  # also as in the paper: the class token is classified, too
             model.set_assisted_training()
             losses[name] = AssistedLoss(losses[name])
-        optimizers[name] = create_optimizer_v2(model, opt='adamw', lr=args.lr, weight_decay=0.05)
+        optimizers[name] = create_optimizer_v2(model, opt='adamw', lr=3e-3, weight_decay=0.05)
         schedulers[name], _ = create_scheduler_v2(
             optimizers[name], num_epochs=epochs, warmup_epochs=min(3, epochs - 1), warmup_lr=1e-5, min_lr=1e-5)
 
@@ -140,7 +119,9 @@ def main():
         timm.models.save_for_hf(models[name], args.output / name, model_args=model_args, safe_serialization=True)
     print(f'\nspeed-up of {evo}: {statistics.median(a / b for a, b in rounds):.2f} in inference, '
           f'{training[dense] / training[evo]:.2f} in training')
-    draw(models[evo], images[::len(images) // 8][:8], args.output / 'informative_tokens.png')
+    digits = sorted((args.output / 'digits/validation').glob('[2358]/*.png'))[::36]  # one of each of four classes
+    drawings = [drawing for _, drawing in visualize(models[evo], digits, classes=False)]
+    sheet(drawings).save(args.output / 'informative_tokens.png')
     print(f'{len(images)} validation images; picture: {args.output / "informative_tokens.png"}')
 
 
