@@ -95,7 +95,7 @@ def tiny_kwargs(name: str) -> Dict[str, Any]:
 
 
 def model_kwargs(name: str, args: argparse.Namespace) -> Dict[str, Any]:
-    return {**MODEL_KWARGS.get(name, {}), **(tiny_kwargs(name) if args.tiny and '.py:' not in name else {})}
+    return {**MODEL_KWARGS.get(name, {}), **(tiny_kwargs(name) if args.tiny else {})}
 
 
 @contextmanager
@@ -331,6 +331,8 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     results.data.update(checks=[], profiles=[], errors=[])
     for i, (kind, function, values, settings) in enumerate(plan(args), args.skip):
         what = ' '.join(map(str, (function.__name__, *values, *settings.items())))
+        for name in args.also:
+            what = what.replace(name, harness.without_folders(name))
         left = 60 * args.minutes - (time.monotonic() - started)
         if left <= 0:
             results.data['errors'].append({'step': i, 'what': what, 'error': 'not started, no time left'})

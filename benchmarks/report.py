@@ -12,10 +12,10 @@ A page marks where a table or a plot goes; what is between the marks is replaced
     <!-- end -->
 
 The first word names one of the tables (speed, dense_features, flops, models, families, families_refused,
-without_training) or plots (speed, top1). A plot goes to the file named next, beside the page. Conditions choose rows:
-`KEY=PATTERN[,PATTERN]` compares a value of the row with shell patterns, `file=` the name of the result file without
-`.json`. By default all files are taken whose name starts with that of the benchmark. A mark stays empty as long as
-there is no such file.
+without_training, kernels) or plots (speed, top1). A plot goes to the file named next, beside the page. Conditions
+choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with shell patterns, `file=` the name of the result
+file without `.json`. By default all files are taken whose name starts with that of the benchmark. A mark stays empty as
+long as there is no such file.
 """
 import argparse
 import hashlib
@@ -209,6 +209,20 @@ def without_training_table(rows: List[Row]) -> str:
     return markdown(header, lines)
 
 
+def kernels_table(rows: List[Row]) -> str:
+    """Kernels of the dense model / the evolving one, by kind."""
+    kinds = {
+        'all kernels': 'kernels', 'matrix products': 'matmul', 'attention': 'attention', 'convolutions': 'convolution',
+        'fused pointwise': 'pointwise', 'with a reduction': 'reduction', 'not fused': 'other'}
+    evolving = [row for row in rows if row['model'] != row['baseline']]
+    lines = [[
+        f"`{r['model']}`" + (f" of `{r['baseline']}`" if r['model'] == 'evo_vit' else ''), str(r['batch_size']),
+        *(f'{baseline(r)[kind]} / {r[kind]}' for kind in kinds.values())] for r in evolving]
+    v = rows[0]['of']['versions']
+    return markdown(['model', 'batch', *kinds], lines) + (
+        f"\n\nDense model / this one, bfloat16, lowered for an H100, not run; torch {v['torch']}, timm {v['timm']}.")
+
+
 def families_table(rows: List[Row]) -> str:
     total = {key: sum(row[key] for row in rows) for key in ('architectures', 'evolve', 'by_attention')}
     return markdown(['family', 'architectures', 'evolve', 'also by class attention', 'such as'], [[
@@ -271,7 +285,7 @@ def top1_plot(rows: List[Row]) -> plt.Figure:
 TABLES: Dict[str, Callable[[List[Row]], str]] = {
     'speed': speed_table, 'dense_features': dense_features_table,
     'flops': flops_table, 'models': models_table, 'families': families_table, 'families_refused': refused_table,
-    'without_training': without_training_table}
+    'without_training': without_training_table, 'kernels': kernels_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
     'speed': speed_plot, 'top1': top1_plot}
 

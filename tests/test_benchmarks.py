@@ -2,18 +2,24 @@
 import json
 import re
 import sys
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from PIL import Image
 from programs import BENCHMARKS, ROOT, STANDINS, run
+from torch.autograd import DeviceType
 
 sys.path.insert(0, str(BENCHMARKS))
+import gpu  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
 import speed  # noqa: E402
 
+GPU = ['--device', 'cpu', '--tiny', '--rounds', '1', '--seconds', '0', '--minutes', '60', '--step-seconds', '600',
+       '--output', 'gpu.json']
 QUICK = ['--rounds', 2, '--warmup', 0, '--seconds', 0]
 
 
@@ -142,31 +148,96 @@ def test_every_architecture_evolves_or_is_refused_with_the_reason(tmp_path):
 
 @pytest.mark.slow
 def test_gpu_on_the_cpu(tmp_path):
-    """Every step of the program for GPUs, on tiny models."""
+    """Every kind of step of the program for GPUs, on tiny models."""
     output = tmp_path / 'gpu.json'
-    run(BENCHMARKS / 'gpu.py', '--device', 'cpu', '--tiny', '--rounds', 1, '--seconds', 0, '--output', output,
-        '--also', f'{STANDINS}/models.py:create', cwd=tmp_path)
+    also = ['--also', f'{STANDINS}/models.py:create']
+    plan = gpu.plan(gpu.parse_args(GPU + also))
+    steps = 1 + next(i for i, s in enumerate(plan) if s.values[1:] == ('float16', True))
+    run(BENCHMARKS / 'gpu.py', *GPU[:-1], output, *also, '--steps', steps, cwd=tmp_path)
     data = json.loads(output.read_text())
-    assert not data['errors'] and len(data['checks']) == 10 and len(data['profiles']) == 4
+    assert not data['errors'] and len(data['checks']) == 16 and len(data['profiles']) == 6
     for row in data['checks']:
-        if row['dtype'] == 'float32':
-            assert row['from_float64_on_cpu'] < 1e-4 and row.get('from_dense_at_keep_ratio_1', 0) < 1e-5
-    names = {row['model'] for row in data['rows']}
-    assert {'evo_deit_base_patch16_384', 'evo_levit_128s', 'models.py:create'} < names
+        precision = {'float32': 1e-5, 'float16': 1e-2, 'bfloat16': 1e-1}[row['dtype']]
+        assert row['from_float64_on_cpu'] < precision
+        assert ('from_dense_at_keep_ratio_1' in row) == ('levit' not in row['model'])
+        assert row.get('from_dense_at_keep_ratio_1', 0) < precision
+    assert {row['model'] for row in data['checks']} == {'evo_deit_small_patch16_224', 'evo_levit_256', 'evo_vit'}
+    assert {'evo_deit_small_patch16_224', 'evo_vit', 'evo_levit_256', 'models.py:create'} < {
+        row['model'] for row in data['rows']}
     assert {row['compile'] for row in data['rows']} == {None, 'default', 'reduce-overhead'}
-    assert sum(op['share'] for op in data['profiles'][0]['operators']) <= 1.001
+    for row in data['profiles']:
+        expected = {'grouping'} if row['model'] == 'evo_vit' else {'class attention', 'selection'}
+        assert set(row['parts']) == expected | {'restoration'}
+        assert all(share > 0 for share in row['parts'].values()) and sum(row['parts'].values()) < 1
+        assert sum(op['share'] for op in row['operators']) <= 1.001
+
+
+def test_gpu_measures_all_that_matters():
+    args = gpu.parse_args(['--device', 'cpu', '--output', 'gpu.json'])
+    plan = gpu.plan(args)
+    timed = {(*step.values[0], *(step.settings[k] for k in ('dtype', 'compile', 'batch_size', 'train')))
+             for step in plan if step.kind == 'rows' and not step.settings['model_kwargs']}
+    assert len(timed) + 4 == sum(step.kind == 'rows' for step in plan)  # each once; four are layer-wise
+    names = ['deit_tiny_patch16_224', 'deit_small_patch16_224', 'deit_base_patch16_224', 'deit_base_patch16_384',
+             'levit_128s', 'levit_128', 'levit_192', 'levit_256', 'levit_384']
+    for name, dtype in product(names, ('bfloat16', 'float32')):
+        for compiled, batch_size in [*product((None, 'default'), (1, 32, 256)), ('reduce-overhead', 1)]:
+            assert (name, f'evo_{name}', dtype, compiled, batch_size, False) in timed
+    assert {('vit_small_patch16_224', 'evo_vit', 'bfloat16', *x, False) for x in (
+        (None, 256), ('reduce-overhead', 1))} <= timed
+    training = {(step.values[0][1], step.settings['compile'], step.settings['model_kwargs'].get('selection'))
+                for step in plan if step.kind == 'rows' and step.settings['train']}
+    assert training == set(product(
+        ('evo_deit_small_patch16_224', 'evo_levit_256'), (None, 'default'), (None, 'layer')))
+    assert gpu.plan(gpu.parse_args(['--device', 'cpu', '--output', 'gpu.json', '--skip', '5', '--steps', '3'])) == plan[5:8]
+
+
+def test_parts_of_a_profile_on_a_gpu():
+    """Time of kernels counts, once, and the scores of the class token are class attention."""
+    def event(name, device_type, device_time, *shapes):
+        return SimpleNamespace(name=name, device_type=device_type, device_time_total=device_time, cpu_time_total=1000.,
+                               input_shapes=[list(shape) for shape in shapes])
+
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    times = gpu.part_times([
+        event('aten::matmul', cpu, 3., (2, 6, 197, 64), (2, 6, 64, 1)), event('aten::mul', cpu, 2., (2, 6, 197), ()),
+        event('class attention', cpu, 4.), event('class attention', cuda, 4.), event('selection', cpu, 5.),
+        event('aten::matmul', cpu, 70., (2, 6, 197, 64), (2, 6, 64, 197)), event('aten::mul', cpu, 80., (2, 197, 6), ()),
+    ], cuda=True)
+    assert times == {'class attention': 9., 'selection': 5., 'grouping': 0., 'restoration': 0.}
 
 
 @pytest.mark.slow
 def test_gpu_keeps_what_it_has(tmp_path):
     """Nothing starts once time is over, a step that takes too long is named."""
     output = tmp_path / 'gpu.json'
-    common = [BENCHMARKS / 'gpu.py', '--device', 'cpu', '--tiny', '--rounds', 1, '--seconds', 0, '--output', output]
+    common = [BENCHMARKS / 'gpu.py', *GPU[:-1], output, '--steps', 1]
     run(*common, '--minutes', 0, cwd=tmp_path)
     data = json.loads(output.read_text())
     assert not data['rows'] and {error['error'] for error in data['errors']} == {'not started, no time left'}
-    run(*common, '--step-seconds', 1e-3, cwd=tmp_path)
-    assert 'TimeoutError: more than 0.001 seconds' in json.loads(output.read_text())['errors'][0]['error']
+    run(*common, '--step-seconds', 0.05, cwd=tmp_path)
+    error, = json.loads(output.read_text())['errors']
+    assert error['error'] == 'TimeoutError: more than 0.05 seconds'
+    assert error['what'].startswith("check ('deit_small_patch16_224', 'evo_deit_small_patch16_224') float32")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < '2.14', reason='kernels.py is written for the compiler of PyTorch 2.14')
+def test_kernels(tmp_path):
+    """As many products, fused attentions and selections as a look at the models says."""
+    pytest.importorskip('triton', reason='PyTorch writes kernels for a GPU with triton')
+    output = tmp_path / 'kernels.json'
+    run(BENCHMARKS / 'kernels.py', '--tiny', '-b', 2, '--output', output, cwd=tmp_path)
+    dense, evo, vit, evolved, levit, evo_levit = json.loads(output.read_text())['rows']
+    assert {r['model']: r['others'] for r in (dense, evo, vit, evolved, levit, evo_levit) if r['others']} == {
+        'evo_deit_small_patch16_224': {'aten.topk': 2}, 'evo_levit_256': {'aten.topk': 3}}  # one in each stage
+    assert [r['attention'] for r in (dense, evo, vit, evolved)] == [3] * 4  # one in each block
+    assert dense['matmul'] == vit['matmul'] == 3 * 4 + 1 and dense['kernels'] == vit['kernels']
+    assert evo['matmul'] == dense['matmul'] + 2  # class attention of the blocks in front of the last stage
+    assert evolved['matmul'] == vit['matmul'] + 1  # similarities
+    for a, b in ((dense, evo), (vit, evolved), (levit, evo_levit)):
+        assert a['kernels'] < b['kernels'] == sum(
+            b[kind] for kind in ('matmul', 'attention', 'convolution', 'pointwise', 'reduction', 'other'))
 
 
 # what a run of speed.py could have written, in round numbers
@@ -253,6 +324,17 @@ def test_report_writes_counts(tmp_path, results):
     assert '| fvcore | 3.000 / 2.000 | 1.500 | 4.000 / 2.000 | 2.000 |' in lines
     assert '| `evo_deit_tiny_patch16_224` | 2.50 M | 2.000 (3.000) | 72.0 | `fb_in1k`, `evovit_in1k` |' in lines
     assert '| `evo_levit_128s_384` | 2.50 M | 2.000 (3.000) | not published |  |' in lines
+
+
+def test_report_writes_kernels(tmp_path, results):
+    kernels = harness.Report('kernels', results / 'kernels.json')
+    common = dict(baseline='vit', run=0, batch_size=1, matmul=3, convolution=1, attention=2, other=0)
+    kernels.add(dict(common, model='vit', pointwise=4, reduction=5, kernels=15),
+                dict(common, model='evo_vit', pointwise=6, reduction=7, kernels=19))
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- table: kernels -->\n<!-- end -->\n')
+    report.main([str(page), '--results', str(results)])
+    assert '| `evo_vit` of `vit` | 1 | 15 / 19 | 3 / 3 | 2 / 2 | 1 / 1 | 4 / 6 | 5 / 7 | 0 / 0 |' in page.read_text()
 
 
 def test_the_documentation_is_what_the_results_say():
