@@ -187,10 +187,10 @@ def create_model(variant: str, num_classes: int, args: argparse.Namespace) -> to
 
 
 class Trainer:
-    """A variant with all that a training step takes."""
+    """A model with all that a training step takes."""
 
-    def __init__(self, variant: str, num_classes: int, updates_per_epoch: int, args: argparse.Namespace) -> None:
-        self.model = create_model(variant, num_classes, args)
+    def __init__(self, model: torch.nn.Module, updates_per_epoch: int, args: argparse.Namespace) -> None:
+        self.model = model
         criterion = SoftTargetCrossEntropy() if args.mixup else LabelSmoothingCrossEntropy(args.smoothing)
         self.criterion = AssistedLoss(criterion)
         self.optimizer = create_optimizer_v2(self.model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
@@ -369,7 +369,8 @@ def train_one(variant: str, seed: int, data: Dict[str, Any], args: argparse.Name
             return
     torch.manual_seed(seed)
     num_classes = data['num_classes']
-    trainer = Trainer(variant, num_classes, len(data['train'][1]) // args.batch_size, args)
+    model = create_model(variant, num_classes, args)
+    trainer = Trainer(model, len(data['train'][1]) // args.batch_size, args)
     mixup = Mixup(args.mixup, label_smoothing=args.smoothing, num_classes=num_classes) if args.mixup else None
     report: Dict[str, Any] = {
         **identity, 'finished': False, **surroundings(args),
@@ -438,7 +439,7 @@ def measure(args: argparse.Namespace) -> None:
     Layer-to-stage training is timed in both phases and has the mean of its epochs.
     """
     torch.manual_seed(0)
-    trainers = {v: Trainer(v, args.num_classes, 100, args) for v in args.variants}
+    trainers = {v: Trainer(create_model(v, args.num_classes, args), 100, args) for v in args.variants}
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
     target = torch.randint(args.num_classes, (args.batch_size,), device=args.device)
     if args.mixup:

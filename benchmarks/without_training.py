@@ -13,12 +13,13 @@ import argparse
 import copy
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import accuracy
 import harness
 import timm
 import torch
+from timm.layers import set_fused_attn
 from torch import nn
 
 from timm_evovit import evolve
@@ -48,27 +49,70 @@ def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 250) -> to
     return torch.cat([model(accuracy.normalize(batch)).argmax(dim=1) for batch in images.split(batch_size)])
 
 
-def measure_accuracy(checkpoint: Path, args: argparse.Namespace) -> List[Dict[str, Any]]:
+def load(checkpoint: Path, args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any], argparse.Namespace]:
+    """Dense model of a checkpoint of accuracy.py, the report of its training and the settings."""
     state = torch.load(checkpoint, map_location='cpu', weights_only=True)
     report = state['report']
+    if not report['finished']:
+        raise SystemExit(f"{checkpoint} is of epoch {len(report['top1'])}, its training is not finished")
     settings = accuracy.parse_args(['train', report['variant'], '--data-dir', str(args.data_dir)])
     vars(settings).update(report['configuration'], work_dir=args.work_dir, limit=args.limit)
     dense = accuracy.create_model(report['variant'], report['num_classes'], settings).eval()
     dense.load_state_dict(state['model'])
-    images, labels = accuracy.decode(report['configuration'].get('val_split', 'validation'), settings)
-    right = predict(dense, images) == labels
-    rows = [dict(
-        model=checkpoint.name.rpartition('-')[0], method='dense', share=1., top1=100 * right.float().mean().item(),
-        epochs=len(report['top1']), images=len(labels), lost=0., lost_error=0.)]
-    for method, model in methods(dense, args).items():
-        correct = predict(model, images) == labels
-        lost = 100 * (right.double() - correct.double())
+    return dense, report, settings
+
+
+def compare(correct: torch.Tensor, dense_correct: torch.Tensor) -> Dict[str, float]:
+    """Top-1 in percent, and the points lost to the dense model with the standard error of the paired difference."""
+    lost = 100 * (dense_correct.double() - correct.double())
+    return dict(
+        top1=100 * correct.double().mean().item(), lost=lost.mean().item(),
+        lost_error=lost.std().item() / len(lost) ** 0.5)
+
+
+def measure_accuracy(checkpoint: Path, args: argparse.Namespace) -> List[Dict[str, Any]]:
+    dense, report, settings = load(checkpoint, args)
+    images, labels = accuracy.decode(settings.val_split, settings)
+    dense_correct = predict(dense, images) == labels
+    rows = []
+    for method, model in {'dense': dense, **methods(dense, args)}.items():
+        correct = dense_correct if model is dense else predict(model, images) == labels
         rows.append(dict(
-            rows[0], method=method, share=share(model, dense), top1=100 * correct.float().mean().item(),
-            lost=lost.mean().item(), lost_error=lost.std().item() / len(lost) ** 0.5))
+            model=checkpoint.name.rpartition('-')[0], method=method, share=share(model, dense),
+            epochs=len(report['top1']), images=len(labels), **compare(correct, dense_correct)))
         print('{model}, {method}: share {share:.3f}, {top1:.2f} %, {lost:.2f} +- {lost_error:.2f} lost'.format(
             **rows[-1]), flush=True)
     return rows
+
+
+def finetune(checkpoint: Path, args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
+    """Train the dense model and each method for more epochs, all from the checkpoint and with the same batches."""
+    dense, report, settings = load(checkpoint, args)
+    set_fused_attn(not settings.no_fused_attn)
+    vars(settings).update(epochs=args.finetune, lr=args.lr, warmup_epochs=0)
+    train, (images, labels) = (accuracy.decode(split, settings) for split in (settings.train_split, settings.val_split))
+    updates_per_epoch = len(train[1]) // settings.batch_size
+    dense_correct = None
+    for method in ['dense', *methods(dense, args)]:
+        dense, *_ = load(checkpoint, args)  # evolve shares its parameters with the model that it returns
+        model = {'dense': dense, **methods(dense, args)}[method]
+        before = 100 * (predict(model.eval(), images) == labels).double().mean().item()
+        trainer = accuracy.Trainer(model, updates_per_epoch, settings)
+        torch.manual_seed(report['seed'])
+        updates = 0
+        for epoch in range(args.finetune):
+            trainer.set_epoch(epoch)
+            for batch, target in accuracy.batches(*train, len(report['top1']) + epoch, report['seed'], settings):
+                trainer.scheduler.step_update(updates)
+                trainer.step(accuracy.normalize(batch), target)
+                updates += 1
+        correct = predict(model.eval(), images) == labels
+        dense_correct = correct if dense_correct is None else dense_correct
+        row = dict(
+            model=checkpoint.name.rpartition('-')[0], method=method, share=share(model, dense), before=before,
+            epochs=args.finetune, lr=args.lr, images=len(labels), **compare(correct, dense_correct))
+        print('{model}, {method}: share {share:.3f}, {before:.2f} %, fine-tuned {top1:.2f} %'.format(**row), flush=True)
+        yield row
 
 
 def measure_speed(args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -99,6 +143,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument(
         '--merged', type=float, nargs='*', default=[0.5, 0.625, 0.75, 0.875, 1.],
         help='part of the patches that ToMe merges')
+    parser.add_argument(
+        '--finetune', type=int, default=0, metavar='EPOCHS', help='train checkpoints by every method, time nothing')
+    parser.add_argument('--lr', type=float, default=3e-4, help='of --finetune')
     parser.add_argument('--model', default='deit_small_patch16_224', help='model that is timed')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--rounds', type=int, default=7, help='rounds of timing, 0 for none')
@@ -108,8 +155,12 @@ def main(argv: Optional[List[str]] = None) -> None:
         parser.error('--data-dir is needed to evaluate checkpoints')
     report = harness.Report('without_training', args.output, argv=sys.argv[1:] if argv is None else argv)
     for checkpoint in args.checkpoints:
-        report.add(*measure_accuracy(checkpoint, args))
-    if args.rounds:
+        if args.finetune:
+            for row in finetune(checkpoint, args):
+                report.add(row)
+        else:
+            report.add(*measure_accuracy(checkpoint, args))
+    if args.rounds and not args.finetune:
         report.add(*measure_speed(args))
 
 
