@@ -1,25 +1,34 @@
 #!/usr/bin/env python3
-"""What evolving a trained model costs without further training, beside token merging by its authors' code.
+"""What evolving a trained model costs without further training, beside other methods by their authors' code.
 
     python benchmarks/accuracy.py train dense --seeds 0 1 2 --data-dir cifar10
-    python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --tome ToMe \\
-        --output benchmarks/results/without_training.json
+    python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --rounds 0 \\
+        --tome ToMe --pitome PiToMe --evit evit --output benchmarks/results/without_training.json
+    python benchmarks/without_training.py --tome ToMe --pitome PiToMe --evit evit \\
+        --output benchmarks/results/without_training-speed.json
+    python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --finetune 2 \\
+        --similarity 0.6 --attention 0.5 --output benchmarks/results/finetuned.json
 
 Accuracy is that of dense models which accuracy.py has trained, on all validation pictures of --data-dir. Speed is
-measured on DeiT-S with random weights, all methods in turns. Methods are compared at their share of the dense model's
-multiply-adds. --tome names a checkout of github.com/facebookresearch/ToMe.
+measured on DeiT-S with random weights, all methods in turns: run it when the machine has nothing else to do. Methods
+are compared at their share of the dense model's multiply-adds. Checkouts are those of
+github.com/facebookresearch/ToMe, github.com/hchautran/PiToMe and github.com/youweiliang/evit.
 """
 import argparse
 import copy
+import importlib
 import sys
+import types
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
+from unittest import mock
 
 import accuracy
 import harness
 import timm
 import torch
 from timm.layers import set_fused_attn
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from timm_evovit import evolve
@@ -29,14 +38,66 @@ def methods(dense: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
     """Models by method and setting."""
     models = {f'{how} {ratio}': evolve(dense, ratio, slow_tokens=how)
               for how, ratios in (('similarity', args.similarity), ('attention', args.attention)) for ratio in ratios}
-    if args.tome:
-        sys.path.insert(0, str(args.tome))
-        import tome
-        for merged in args.merged:
-            model = models[f'ToMe {merged}'] = copy.deepcopy(dense)
-            tome.patch.timm(model)
-            model.r = round(merged * model.patch_embed.num_patches / len(model.blocks))
+    for name, create, checkout, settings in (
+            ('ToMe', tome, args.tome, args.merged), ('PiToMe', pitome, args.pitome, args.left),
+            ('EViT', evit, args.evit, args.kept)):
+        if checkout:
+            models.update({f'{name} {setting}': create(dense, setting, checkout).eval() for setting in settings})
     return models
+
+
+def tome(dense: nn.Module, merged: float, checkout: Path) -> nn.Module:
+    """ToMe, which merges a part of the patches, equally many in each block."""
+    module = import_from(checkout, 'tome')
+    model = copy.deepcopy(dense)
+    module.patch.timm(model)
+    model.r = round(merged * model.patch_embed.num_patches / len(model.blocks))
+    return model
+
+
+class VisionTransformer04(VisionTransformer):
+    """What PiToMe expects of timm 0.4."""
+    dist_token = None
+    pre_logits = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.forward_features(x))
+
+
+def pitome(dense: nn.Module, left: float, checkout: Path) -> nn.Module:
+    """PiToMe, which merges equal parts in each block until a part of the patches is left."""
+    # their packages import models of text, and so packages that are not needed here
+    for name in ('pitome', 'pitome.patch'):
+        package = sys.modules.setdefault(name, types.ModuleType(name))
+        package.__path__ = [str(checkout.joinpath('algo', *name.split('.')))]
+    model = copy.deepcopy(dense)
+    model.__class__ = VisionTransformer04
+    importlib.import_module('pitome.patch.deit').apply_patch(model)
+    model.ratio = left ** (1 / len(model.blocks))
+    model.register_forward_hook(lambda module, images, output: output[0])  # without their count of operations
+    return model
+
+
+def evit(dense: nn.Module, kept: float, checkout: Path) -> nn.Module:
+    """EViT with fused tokens, which keeps a part of the patches after each quarter of the depth but the last."""
+    sys.modules.setdefault('torchprofile', types.ModuleType('torchprofile')).profile_macs = None  # not needed here
+    with mock.patch('timm.models.registry.register_model', lambda create: create):  # its models have timm's names
+        module = import_from(checkout, 'evit')
+    depth = len(dense.blocks)
+    model = module.EViT(
+        img_size=dense.patch_embed.img_size, patch_size=dense.patch_embed.patch_size, num_classes=dense.num_classes,
+        embed_dim=dense.embed_dim, depth=depth, num_heads=dense.blocks[0].attn.num_heads, fuse_token=True,
+        keep_rate=[kept if i in (depth // 4, depth // 2, 3 * depth // 4) else 1 for i in range(depth)])
+    model.load_state_dict(dense.state_dict())
+    return model
+
+
+def import_from(folder: Path, name: str) -> types.ModuleType:
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
 
 
 def share(model: nn.Module, dense: nn.Module) -> float:
@@ -138,11 +199,19 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--work-dir', type=Path, default=Path('output/accuracy'), help='that of accuracy.py')
     parser.add_argument('--limit', type=int, default=0, help='take so many pictures only')
     parser.add_argument('--similarity', type=float, nargs='*', default=[0.7, 0.6, 0.5, 0.4], help='keep ratios')
-    parser.add_argument('--attention', type=float, nargs='*', default=[0.7, 0.5], help='keep ratios')
-    parser.add_argument('--tome', type=Path, help='checkout of ToMe')
+    parser.add_argument('--attention', type=float, nargs='*', default=[0.7, 0.5, 0.3], help='keep ratios')
+    parser.add_argument('--tome', type=Path, metavar='CHECKOUT', help='of ToMe')
     parser.add_argument(
         '--merged', type=float, nargs='*', default=[0.5, 0.625, 0.75, 0.875, 1.],
-        help='part of the patches that ToMe merges')
+        help='parts of the patches that ToMe merges')
+    parser.add_argument('--pitome', type=Path, metavar='CHECKOUT', help='of PiToMe')
+    parser.add_argument(
+        '--left', type=float, nargs='*', default=[0.5, 0.4, 0.3, 0.25, 0.2],
+        help='parts of the patches that are left by the last block of PiToMe')
+    parser.add_argument('--evit', type=Path, metavar='CHECKOUT', help='of EViT')
+    parser.add_argument(
+        '--kept', type=float, nargs='*', default=[0.8, 0.7, 0.6, 0.5],
+        help='parts of the patches that EViT keeps, three times')
     parser.add_argument(
         '--finetune', type=int, default=0, metavar='EPOCHS', help='train checkpoints by every method, time nothing')
     parser.add_argument('--lr', type=float, default=3e-4, help='of --finetune')
