@@ -12,15 +12,17 @@ A page marks where a table or a plot goes; what is between the marks is replaced
     <!-- end -->
 
 The first word names one of the tables (speed, dense_features, flops, models, families, families_refused,
-without_training, kernels) or plots (speed, top1). A plot goes to the file named next, beside the page. Conditions
-choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with shell patterns, `file=` the name of the result
-file without `.json`. By default all files are taken whose name starts with that of the benchmark. A mark stays empty as
-long as there is no such file.
+without_training, finetuned, kernels) or plots (speed, top1, without_training). A plot goes to the file named next, beside the
+page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with shell patterns, `file=` the name
+of the result file without `.json`. By default all files are taken whose name starts with that of the benchmark. A mark
+stays empty as long as there is no such file.
 """
 import argparse
 import hashlib
 import json
+import math
 import re
+import statistics
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
@@ -42,6 +44,7 @@ TOP1 = {  # ImageNet-1k in the papers of Evo-ViT, DeiT and LeViT; LeViT's of 100
     'deit_base_patch16_384': 83.1,
     'levit_128s': 76.6, 'levit_128': 78.6, 'levit_192': 80.0, 'levit_256': 81.6, 'levit_384': 82.6,
 }
+LABELS = {'similarity': 'evolve, by similarity', 'attention': "evolve, by class attention (paper's)"}
 Row = Dict[str, Any]
 
 
@@ -223,6 +226,19 @@ def kernels_table(rows: List[Row]) -> str:
         f"\n\nDense model / this one, bfloat16, lowered for an H100, not run; torch {v['torch']}, timm {v['timm']}.")
 
 
+def finetuned_table(rows: List[Row]) -> str:
+    """Top-1 of each method before and after more epochs, and what it loses to the dense model of as many."""
+    lines = []
+    for method in dict.fromkeys(r['method'] for r in rows):
+        of = [r for r in rows if r['method'] == method]
+        lines.append([
+            method, f"{of[0]['share']:.3f}", ', '.join(f"{r['before']:.2f}" for r in of),
+            ', '.join(f"{r['top1']:.2f}" for r in of),
+            ', '.join(f"{r['lost']:.2f} +- {r['lost_error']:.2f}" for r in of) if method != 'dense' else ''])
+    header = ['method', 'share of multiply-adds', 'top-1 %, before', 'fine-tuned', 'points lost to dense, fine-tuned']
+    return markdown(header, lines) + '\n\n' + made_with(rows)
+
+
 def families_table(rows: List[Row]) -> str:
     total = {key: sum(row[key] for row in rows) for key in ('architectures', 'evolve', 'by_attention')}
     return markdown(['family', 'architectures', 'evolve', 'also by class attention', 'such as'], [[
@@ -282,12 +298,38 @@ def top1_plot(rows: List[Row]) -> plt.Figure:
     return figure
 
 
+def without_training_plot(rows: List[Row]) -> plt.Figure:
+    """Points of top-1 that trained models lose against measured speed-up, by method."""
+    timed = {r['method']: r['speed_up'] for r in rows if 'speed_up' in r}
+    lost: Dict[str, Dict[str, List[Row]]] = {}
+    for r in rows:
+        name = r['method'].rpartition(' ')[0]
+        if 'lost' in r and name and r['method'] in timed:
+            lost.setdefault(name, {}).setdefault(r['method'], []).append(r)
+    figure, axis = plt.subplots(figsize=(7.2, 4.2), layout='constrained')
+    axis.plot(1, 0, 'k*', ms=10, ls='', label='dense')
+    styles = [('o', '-'), ('s', '--'), ('^', '-.'), ('D', ':'), ('v', (0, (6, 1, 1, 1, 1, 1)))]
+    for (name, settings), (marker, line) in zip(lost.items(), styles):
+        points = [(
+            timed[method], statistics.mean(r['lost'] for r in of),
+            math.hypot(*(r['lost_error'] for r in of)) / len(of)) for method, of in settings.items()]
+        speed_up, mean, error = zip(*sorted(points))
+        axis.errorbar(
+            speed_up, mean, error, marker=marker, ls=line, lw=2.2 if name == 'similarity' else 1.4, capsize=2,
+            label=LABELS.get(name, name))
+    axis.invert_yaxis()
+    axis.set(xlabel='times as fast as the dense model, measured', ylabel='points of top-1 lost')
+    axis.grid(alpha=0.3)
+    axis.legend(handlelength=4, frameon=False)
+    return figure
+
+
 TABLES: Dict[str, Callable[[List[Row]], str]] = {
     'speed': speed_table, 'dense_features': dense_features_table,
     'flops': flops_table, 'models': models_table, 'families': families_table, 'families_refused': refused_table,
-    'without_training': without_training_table, 'kernels': kernels_table}
+    'without_training': without_training_table, 'finetuned': finetuned_table, 'kernels': kernels_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
-    'speed': speed_plot, 'top1': top1_plot}
+    'speed': speed_plot, 'top1': top1_plot, 'without_training': without_training_plot}
 
 
 def digest(mark: Mark, rows: List[Row]) -> str:

@@ -110,6 +110,31 @@ def test_all_variants_train_and_are_timed(programs, pictures, tmp_path, capsys):
     assert (tmp_path / 'plot.png').stat().st_size > 10_000
 
 
+def test_trained_models_evolve(programs, pictures, tmp_path):
+    """At keep ratio 1 an evolved model is the dense one, before and after fine-tuning with the same batches."""
+    accuracy, _ = programs
+    import without_training
+    epochs = ['--epochs', '2', '--warmup-epochs', '0']
+    train(accuracy, pictures, tmp_path, 'dense', *epochs)
+    (checkpoint,) = (tmp_path / 'work').glob('dense-seed0-*.pt')
+    args = [
+        str(checkpoint), '--data-dir', str(pictures), '--work-dir', str(tmp_path / 'work'), '--rounds', '0',
+        '--similarity', '1', '0.5', '--attention', '1']
+    for name, more in (('without', []), ('finetuned', ['--finetune', '2', '--lr', '0.1'])):
+        without_training.main([*args, *more, '--output', str(tmp_path / name)])
+        rows = json.loads((tmp_path / name).read_text())['rows']
+        assert [r['method'] for r in rows] == ['dense', 'similarity 1.0', 'similarity 0.5', 'attention 1.0']
+        assert [r['share'] for r in rows] == pytest.approx([1, 1, rows[2]['share'], 1], abs=0.01)
+        assert rows[2]['share'] < 0.8
+        assert [(r['lost'], r['lost_error']) for r in rows if r['method'] != 'similarity 0.5'] == [(0, 0)] * 3
+        assert all(r['images'] == 24 and r['top1'] == pytest.approx(rows[0]['top1'] - r['lost']) for r in rows)
+    state = torch.load(checkpoint, weights_only=True)
+    state['report']['finished'] = False
+    torch.save(state, checkpoint)
+    with pytest.raises(SystemExit, match='its training is not finished'):
+        without_training.main(args)
+
+
 def test_batches(programs):
     """Same seed and epoch, same batches; an augmented picture is a window of the padded one, or its mirror image."""
     accuracy, _ = programs

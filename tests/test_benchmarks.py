@@ -338,5 +338,44 @@ def test_report_writes_kernels(tmp_path, results):
     assert '| `evo_vit` of `vit` | 1 | 15 / 19 | 3 / 3 | 2 / 2 | 1 / 1 | 4 / 6 | 5 / 7 | 0 / 0 |' in page.read_text()
 
 
+def test_report_of_models_without_training(tmp_path, results):
+    """Accuracy and speed come from two files; the plot has the mean over the models and its standard error."""
+    accuracy = harness.Report('without_training', results / 'without_training.json')
+    accuracy.add(
+        dict(model='dense-seed0', method='dense', share=1., top1=70., lost=0., lost_error=0.),
+        dict(model='dense-seed0', method='similarity 0.5', share=0.5, top1=69., lost=1., lost_error=0.3),
+        dict(model='dense-seed0', method='ToMe 0.5', share=0.7, top1=69., lost=1., lost_error=0.3),
+        dict(model='dense-seed1', method='dense', share=1., top1=72., lost=0., lost_error=0.),
+        dict(model='dense-seed1', method='similarity 0.5', share=0.5, top1=69., lost=3., lost_error=0.4))
+    timed = harness.Report('without_training', results / 'without_training-speed.json')
+    timed.add(*(dict(model='deit', method=method, share=0.4, speed_up=speed_up, speed_up_min=1.5, speed_up_max=2.5)
+                for method, speed_up in (('dense', 1.), ('similarity 0.5', 2.))))
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- table: without_training -->\n<!-- end -->\n<!-- plot: without_training x.png -->\n<!-- end -->\n')
+    assert report.main([str(page), '--results', str(results)]) == 0
+    lines = page.read_text().splitlines()
+    assert '| similarity 0.5 | 0.500 | 1.00 +- 0.30, 3.00 +- 0.40 | **2.00** (1.50 - 2.50) of 2.50 |' in lines
+    assert '| ToMe 0.5 | 0.700 | 1.00 +- 0.30 |  |' in lines  # not timed, so not in the plot
+    assert Image.open(tmp_path / 'x.png').width > 600
+    figure = report.without_training_plot(accuracy.data['rows'] + timed.data['rows'])
+    (series,) = figure.axes[0].containers
+    (speed_up, lost), (bars,) = series.lines[0].get_data(), series.lines[2]
+    assert list(speed_up) == [2] and list(lost) == [2]
+    assert bars.get_segments()[0][:, 1] == pytest.approx([1.75, 2.25])  # sqrt(0.3 ** 2 + 0.4 ** 2) / 2
+
+
+def test_report_of_fine_tuned_models(tmp_path, results):
+    tuned = harness.Report('without_training', results / 'finetuned.json')
+    tuned.add(*(dict(model='dense-seed0', method=method, share=share, before=before, top1=top1, lost=71 - top1,
+                     lost_error=0.2)
+                for method, share, before, top1 in (('dense', 1., 70., 71.), ('similarity 0.6', 0.62, 69., 70.5))))
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- table: finetuned -->\n<!-- end -->\n')
+    assert report.main([str(page), '--results', str(results)]) == 0
+    lines = page.read_text().splitlines()
+    assert '| dense | 1.000 | 70.00 | 71.00 |  |' in lines
+    assert '| similarity 0.6 | 0.620 | 69.00 | 70.50 | 0.50 +- 0.20 |' in lines
+
+
 def test_the_documentation_is_what_the_results_say():
     assert report.main(['--check']) == 0
