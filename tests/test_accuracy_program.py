@@ -110,9 +110,10 @@ def test_all_variants_train_and_are_timed(programs, pictures, tmp_path, capsys):
     assert (tmp_path / 'plot.png').stat().st_size > 10_000
 
 
-def test_trained_models_evolve(programs, pictures, tmp_path):
+def test_trained_models_evolve(programs, pictures, tmp_path, monkeypatch):
     """At keep ratio 1 an evolved model is the dense one, before and after fine-tuning with the same batches."""
     accuracy, _ = programs
+    monkeypatch.syspath_prepend(BENCHMARKS)
     import without_training
     epochs = ['--epochs', '2', '--warmup-epochs', '0']
     train(accuracy, pictures, tmp_path, 'dense', *epochs)
