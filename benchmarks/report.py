@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import matplotlib
+import numpy as np
 import timm
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from PIL import Image
 
 matplotlib.use('Agg')
@@ -317,8 +318,11 @@ def without_training_plot(rows: List[Row]) -> plt.Figure:
         axis.errorbar(
             speed_up, mean, error, marker=marker, ls=line, lw=2.2 if name == 'similarity' else 1.4, capsize=2,
             label=LABELS.get(name, name))
+    # a square root gives room to small losses, and shows the large ones too
+    axis.set_yscale('function', functions=(lambda y: np.sign(y) * np.abs(y) ** 0.5, lambda y: np.sign(y) * y ** 2))
+    axis.yaxis.set_major_locator(FixedLocator((0, 1, 2, 5, 10, 20, 50)))
     axis.invert_yaxis()
-    axis.set(xlabel='times as fast as the dense model, measured', ylabel='points of top-1 lost')
+    axis.set(xlabel='times as fast as the dense model, measured', ylabel='points of top-1 lost (square root scale)')
     axis.grid(alpha=0.3)
     axis.legend(handlelength=4, frameon=False)
     return figure
