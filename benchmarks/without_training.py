@@ -66,7 +66,7 @@ class VisionTransformer04(VisionTransformer):
 
 def pitome(dense: nn.Module, left: float, checkout: Path) -> nn.Module:
     """PiToMe, which merges equal parts in each block until a part of the patches is left."""
-    # their packages import models of text, and so packages that are not needed here
+    # the __init__ files import text models, which need other packages: leave them out
     for name in ('pitome', 'pitome.patch'):
         package = sys.modules.setdefault(name, types.ModuleType(name))
         package.__path__ = [str(checkout.joinpath('algo', *name.split('.')))]
@@ -79,7 +79,7 @@ def pitome(dense: nn.Module, left: float, checkout: Path) -> nn.Module:
 
 
 def evit(dense: nn.Module, kept: float, checkout: Path) -> nn.Module:
-    """EViT with fused tokens, which keeps a part of the patches after each quarter of the depth but the last."""
+    """EViT with fused tokens, which keeps a part of the patches at a quarter, half and three quarters of the depth."""
     sys.modules.setdefault('torchprofile', types.ModuleType('torchprofile')).profile_macs = None  # not needed here
     with mock.patch('timm.models.registry.register_model', lambda create: create):  # its models have timm's names
         module = import_from(checkout, 'evit')
