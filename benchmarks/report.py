@@ -210,7 +210,7 @@ def without_training_table(rows: List[Row]) -> str:
             f"{1 / speed['share']:.2f}" if speed else ''])
     models = ', '.join(f"{r['top1']:.2f} %" for r in rows if r['method'] == 'dense' and 'top1' in r)
     header = ['method', 'share of multiply-adds', f'points lost, of {models}', 'speed-up of DeiT-S, of at most']
-    return markdown(header, lines)
+    return markdown(header, lines) + '\n\n' + made_with(rows)
 
 
 def kernels_table(rows: List[Row]) -> str:
