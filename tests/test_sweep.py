@@ -397,6 +397,7 @@ def test_without_matplotlib(command, digits, tmp_path, monkeypatch):
     (['--data-dir', 'nowhere'], 'nowhere: there is no such folder'),
     (['--data-dir', 'empty'], 'Found 0 images'),
     (['--data-dir', 'flat'], 'flat has no folder for each class; --no-labels'),
+    (['--data-dir', 'splits', '--split', 'test'], "splits has no split 'test'"),
     (['--data-dir', 'two'], 'two has 2 classes, but the model has 10'),
     (['--data-dir', 'two', '--class-map', 'map.txt'], 'two has 12 classes, but the model has 10'),
     (['--data-dir', 'two', '--class-map', 'nomap.txt'], 'nomap.txt'),
@@ -415,9 +416,9 @@ def test_without_matplotlib(command, digits, tmp_path, monkeypatch):
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
 def test_bad_input(command, digits, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
-    for folder in ('empty', 'flat', 'two/3', 'two/7', 'damaged'):
+    for folder in ('empty', 'flat', 'two/3', 'two/7', 'splits/train/3', 'damaged'):
         (tmp_path / folder).mkdir(parents=True)
-    for path in ('flat/1.png', 'two/3/1.png', 'two/7/1.png'):
+    for path in ('flat/1.png', 'two/3/1.png', 'two/7/1.png', 'splits/train/3/1.png'):
         Image.new('L', (8, 8)).save(tmp_path / path)
     (tmp_path / 'damaged' / '1.png').write_text('no picture')
     (tmp_path / 'map.txt').write_text('\n'.join(map(str, range(12))))

@@ -39,7 +39,7 @@ def describe(report: Dict[str, Any]) -> str:
     if chosen == dense:
         lines = [f'No keep ratio below 1 is faster than the dense model and would {limit}. To use the dense model:']
     else:
-        result = 'top-1 is {:.2f} %, not {:.2f} %'.format(
+        result = 'top-1 is {:.2f} %, that of the dense model {:.2f} %'.format(
             chosen['top1'], dense['top1']) if 'top1' in dense else f'{chosen["lost"]:.2f} % of predictions change'
         lines = [f'Of the keep ratios that {limit}, {chosen["keep_ratio"]:g} is the fastest: '
                  f'{chosen["speed_up"]:.2f} times as fast as the dense model; {result}.']
