@@ -20,8 +20,7 @@ def digits(tmp_path_factory):
 @pytest.mark.parametrize('family', ['evo_deit', 'evo_levit'])
 def test_quickstart(tmp_path, family):
     pytest.importorskip('sklearn', reason="the examples need pip install -e '.[examples]'")
-    log = run(EXAMPLES / 'quickstart.py', '--model', family, '--epochs', 1, '--output', tmp_path,
-              cwd=tmp_path)
+    log = run(EXAMPLES / 'quickstart.py', '--model', family, '--epochs', 1, '--output', tmp_path, cwd=tmp_path)
     assert len(list(tmp_path.glob('digits/train/*/*.png'))) == 1437
     rows = re.findall(r'^(\w+) +([\d.]+) +(\d+) +([\d.]+)$', log, re.MULTILINE)
     assert len(rows) == 2 and rows[1][0].startswith(family)

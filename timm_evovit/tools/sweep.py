@@ -89,8 +89,8 @@ def find_pictures(
     except ImportError as e:
         raise ValueError(f'{dataset} was not opened: {e}') from e
     reader = found.reader if isinstance(found, ImageDataset) else found
-    splits = [path for path in Path(data_dir).glob('[tv]*') if path.name in ('train', 'validation', 'val', 'test')]
-    if str(getattr(reader, 'root', '')) == data_dir and any(f.is_dir() for path in splits for f in path.glob('*')):
+    splits = [Path(data_dir, name) for name in ('train', 'validation', 'val', 'test')]
+    if getattr(reader, 'root', None) == data_dir and any(f.is_dir() for folder in splits for f in folder.glob('*')):
         raise ValueError(f'{data_dir} has no split {split!r}: timm would take the pictures of all its splits.')
     classes = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
     if num_classes is not None and classes:
