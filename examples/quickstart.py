@@ -119,7 +119,7 @@ def main():
         timm.models.save_for_hf(models[name], args.output / name, model_args=model_args, safe_serialization=True)
     print(f'\nspeed-up of {evo}: {statistics.median(a / b for a, b in rounds):.2f} in inference, '
           f'{training[dense] / training[evo]:.2f} in training')
-    digits = sorted((args.output / 'digits/validation').glob('[2358]/*.png'))[::36]  # one of each of four classes
+    digits = [min(folder.iterdir()) for folder in sorted((args.output / 'digits/validation').glob('[2358]'))]
     drawings = [drawing for _, drawing in visualize(models[evo], digits, classes=False)]
     sheet(drawings).save(args.output / 'informative_tokens.png')
     print(f'{len(images)} validation images; picture: {args.output / "informative_tokens.png"}')
