@@ -13,8 +13,6 @@ from torchvision.transforms.functional import to_pil_image
 
 from ..base import InformativeTokens, eval_mode, informative_tokens
 
-__all__ = ['data_config', 'draw', 'find_images', 'open_image', 'sheet', 'visualize']
-
 PANEL, GAP, LINE = 224, 8, 18  # pixels: smallest height of a panel, space between panels, height of a line of text
 
 
@@ -36,15 +34,9 @@ def find_images(names: Iterable[str], output: Path) -> List[Path]:
 
 
 def open_image(path: Path, mode: str = 'RGB') -> Image.Image:
-    """Open a picture upright, in 8 bits and with white behind what is transparent. `mode` is 'RGB' or 'L'."""
+    """Open a picture upright, otherwise as timm does. `mode` is 'RGB' or 'L'."""
     with Image.open(path) as file:
-        image: Image.Image = ImageOps.exif_transpose(file)
-        if image.mode.startswith('I'):  # 16 bits, which PIL would clip to 8 instead of scaling
-            image = image.point(lambda value: value / 256).convert('L')
-        if image.has_transparency_data:
-            image = image.convert('RGBA')
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        return image.convert(mode)
+        return ImageOps.exif_transpose(file).convert(mode)
 
 
 def data_config(model: nn.Module, args: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
@@ -67,45 +59,40 @@ def draw(pixels: torch.Tensor, tokens: Sequence[InformativeTokens], attention: b
 
     Args:
         pixels: What the model saw, (3, H, W) in [0, 1].
-        tokens: Stages of this one image; masks, groups and attention are (h, w).
+        tokens: Stages of this one image; masks, groups and attention are (1, h, w).
         attention: Add the class attention behind each selection as a heat map.
         caption: Line below.
     """
     height, width = (round(n * max(PANEL / pixels.shape[1], 1)) for n in pixels.shape[1:])
 
-    def upsample(grid: torch.Tensor, size: Sequence[int] = pixels.shape[-2:]) -> torch.Tensor:
-        return F.interpolate(grid[None, None].float(), size)[0]
+    def enlarge(x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(x[None].float(), (height, width), mode='nearest-exact')[0]
 
-    def panel(picture: torch.Tensor) -> Image.Image:
-        return to_pil_image(picture).resize((width, height), Image.Resampling.NEAREST)
-
-    panels = {'picture': panel(pixels)}
+    pixels = enlarge(pixels)
+    panels = {'picture': pixels}
     for t in tokens:
+        informative = enlarge(t.mask) > 0
         if t.attention is None:
-            group = upsample(t.groups).long().flatten()
-            sums = pixels.new_zeros(3, int(group.max()) + 1).index_add(1, group, pixels.flatten(1))
-            means = (sums / group.bincount())[:, group].view_as(pixels)
-            image = panel(torch.where(upsample(t.mask) > 0, pixels, means))
-            lines = F.pad(upsample(t.groups, (height, width))[0], [0, 1, 0, 1], value=-1.)
+            group = enlarge(t.groups)[0].long()
+            sums = pixels.new_zeros(3, int(group.max()) + 1).index_add(1, group.flatten(), pixels.flatten(1))
+            means = (sums / group.flatten().bincount())[:, group]
+            lines = F.pad(group, [0, 1, 0, 1], value=-1)
             edge = (lines[:-1, :-1] != lines[1:, :-1]) | (lines[:-1, :-1] != lines[:-1, 1:])
-            image.paste('white', mask=to_pil_image(edge.float()))
-            panels[f'groups from block {t.block}'] = image
+            panels[f'groups from block {t.block}'] = torch.where(informative, pixels, means).masked_fill(edge, 1.)
             continue
-        faded = torch.where(upsample(t.mask) > 0, pixels, 0.2 * pixels + 0.5)
-        panels[f'informative from block {t.block}'] = panel(faded)
+        panels[f'informative from block {t.block}'] = torch.where(informative, pixels, 0.2 * pixels + 0.5)
         if attention:
             low, high = t.attention.aminmax()
-            heat = upsample((t.attention - low) / (high - low).clamp_min(1e-12))
+            heat = enlarge((t.attention - low) / (high - low).clamp_min(1e-12))
             colours = torch.cat([(3 * heat - i).clamp(0, 1) for i in range(3)])  # black, red, yellow, white
-            panels[f'attention before block {t.block}'] = panel(0.25 * pixels + 0.75 * colours)
+            panels[f'attention before block {t.block}'] = 0.25 * pixels + 0.75 * colours
     font = ImageFont.load_default(13)
-    total = max(GAP + len(panels) * (width + GAP), round(font.getlength(caption)) + 2 * GAP)
-    out = Image.new('RGB', (total, height + 2 * (GAP + LINE)), 'white')
+    strip = torch.cat([F.pad(panel, [GAP, 0], value=1.) for panel in panels.values()], dim=-1)
+    right = max(GAP, round(font.getlength(caption)) + 2 * GAP - strip.shape[-1])
+    out = to_pil_image(F.pad(strip, [0, right, GAP + LINE, GAP + LINE], value=1.))
     pen = ImageDraw.Draw(out)
-    for i, (label, image) in enumerate(panels.items()):
-        x = GAP + i * (width + GAP)
-        pen.text((x, GAP), label, fill='black', font=font)
-        out.paste(image, (x, GAP + LINE))
+    for i, label in enumerate(panels):
+        pen.text((GAP + i * (width + GAP), GAP), label, fill='black', font=font)
     pen.text((GAP, out.height - LINE - GAP // 2), caption, fill='black', font=font)
     return out
 
@@ -130,24 +117,21 @@ def visualize(
     """
     data = data_config(model)
     transform = create_transform(**data)
-    mean, std = (torch.tensor(data[k]).view(-1, 1, 1) for k in ('mean', 'std'))
     weight = next(model.parameters())
+    mean, std = (torch.tensor(data[k], device=weight.device).view(-1, 1, 1) for k in ('mean', 'std'))
     labels = ImageNetInfo() if classes and model.num_classes == 1000 else None
     for path in paths:
         try:
-            x = transform(open_image(path, 'L' if model.in_chans == 1 else 'RGB'))
+            x = transform(open_image(path, 'L' if model.in_chans == 1 else 'RGB')).to(weight.device)
         except Exception as e:  # decoders raise errors of every kind
             yield path, e
             continue
-        batch = x.unsqueeze(0).to(weight.device, weight.dtype)
-        selections = informative_tokens(model, batch)
-        tokens = [InformativeTokens(
-            t.block, t.mask[0].cpu(), t.groups[0].cpu(), None if t.attention is None else t.attention[0].float().cpu(),
-        ) for t in selections]
+        batch = x.unsqueeze(0).to(weight.dtype)
         caption = path.name
         if labels is not None:
             with eval_mode(model):
                 top = model(batch)[0].float().softmax(dim=-1).topk(5)
             for p, c in zip(top.values.tolist(), top.indices.tolist(), strict=True):
                 caption += f'   {labels.index_to_description(c).split(",")[0]} {p:.1%}'
-        yield path, draw((x * std + mean).clamp(0, 1).expand(3, -1, -1), tokens, attention, caption)
+        pixels = (x * std + mean).clamp(0, 1).expand(3, -1, -1)
+        yield path, draw(pixels, informative_tokens(model, batch), attention, caption)
