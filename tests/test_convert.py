@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from timm_evovit.hub import PUBLISHED
 from timm_evovit.tools.cli import main
-from timm_evovit.tools.convert import CorruptCheckpointError, convert, read_weights
+from timm_evovit.tools.convert import convert, read_weights
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2)
 TINY_LEVIT = dict(img_size=64, embed_dim=(16, 24, 32), key_dim=4, num_heads=(2, 3, 4), depth=(4, 2, 2))
@@ -122,15 +122,6 @@ def test_levit(levit, run, tmp_path):
     assert_same_weights(model, load(tmp_path / 'out'))
 
 
-def test_copies_that_are_none(levit, run):
-    checkpoint = torch.load(levit[1], weights_only=False)
-    key = next(k for k in checkpoint['model'] if k.startswith('stage_blocks.'))
-    checkpoint['model'][key] = checkpoint['model'][key] + 1
-    torch.save(checkpoint, levit[1])
-    status, out = run('evo_levit_128s', levit[1], kwargs=TINY_LEVIT)
-    assert status == 1 and key in out and 'copy' in out
-
-
 def test_moving_average(deit, run, tmp_path):
     (tmp_path / 'out').mkdir()  # an empty folder is as good as none
     status, out = run('evo_deit_tiny', deit[1], '--use-ema')
@@ -212,7 +203,7 @@ def test_half_a_checkpoint(deit, tmp_path, part):
         assert len(read_weights(path)[1]) == len(checkpoint['model'])
         content = path.read_bytes()
         path.write_bytes(content[:int(part * len(content))])
-        with pytest.raises(CorruptCheckpointError, match=f'{path.name} is not a checkpoint, or damaged or incomplete'):
+        with pytest.raises(ValueError, match=f'{path.name} is not a checkpoint, or damaged or incomplete'):
             read_weights(path)
 
 
@@ -224,7 +215,7 @@ def test_half_a_checkpoint(deit, tmp_path, part):
     ('evo_deit_tiny', dict(TINY, num_classes=7), r'size mismatch for head\.weight'),
     ('evo_deit_tiny', dict(TINY, global_pool='token'), r'Missing key.*norm\.weight'),
     ('evo_deit_small', {}, r'size mismatch for cls_token'),
-    ('evo_levit_128s', TINY_LEVIT, 'not those of this EvoLevit'),
+    ('evo_levit_128s', TINY_LEVIT, 'state_dict for EvoLevit'),
     ('deit_tiny_patch16_224', {}, 'deit_tiny_patch16_224 cannot be converted, only evo_deit_base'),
     ('evo_deit_tiny', dict(TINY, keep_ratio=3), 'keep_ratio'),
     ('evo_deit_tiny', dict(not_an_argument=3), 'not_an_argument'),
@@ -355,9 +346,7 @@ def test_download_fails(deit, drive, run):
     assert status == 1 and 'Too many users' in out and 'in a browser' in out
     drive.drive[file_id] = deit[1].read_bytes()[:1000]
     status, out = run('evo_deit_tiny')
-    assert status == 1 and 'damaged or incomplete' in out
-    drive.drive[file_id] = deit[1].read_bytes()
-    assert run('evo_deit_tiny')[0] == 0, 'the damaged file was kept'
+    assert status == 1 and 'damaged or incomplete' in out and 'Remove it' in out
 
 
 def test_without_a_published_file_or_gdown(run, tmp_path, monkeypatch):

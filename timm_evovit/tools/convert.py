@@ -5,6 +5,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import timm
@@ -18,22 +19,12 @@ from timm.models._hub import generate_readme
 from ..checkpoints import rename_authors
 from ..hub import DRIVE_FILE, PUBLISHED
 
-__all__ = ['CorruptCheckpointError', 'convert', 'count_classes', 'read_weights', 'upload']
-
 DROPPED = {  # what a model may have no place for: reason, and beginnings of the keys
     'copies of tensors under blocks': ('stage_blocks.',),
     'assisted_cls=False, no class token branch': ('norm_cls.', 'head_cls'),
     'the tradeoff is a fixed number': ('tradeoff',),
     'count of the epochs of training': ('epochs_started',),
 }
-
-
-def join_names(names: List[str], limit: int = 8) -> str:
-    return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
-
-
-class CorruptCheckpointError(ValueError):
-    """The file is not a checkpoint, or not a complete one."""
 
 
 def read_weights(path: Union[str, Path], use_ema: bool = False) -> Tuple[str, Dict[str, torch.Tensor]]:
@@ -48,14 +39,10 @@ def read_weights(path: Union[str, Path], use_ema: bool = False) -> Tuple[str, Di
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is damaged (`CorruptCheckpointError`), holds types that are not read, or no weights.
+        ValueError: It is damaged, holds types that are not read, or no weights.
     """
     with open(path, 'rb') as f:
         start = f.read(100)
-    if re.match(rb'(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml)', start, re.IGNORECASE):
-        raise CorruptCheckpointError(
-            f'{path} is a web page, not a checkpoint. Google Drive sends one if a file was downloaded too often: try '
-            f'again in a day, or download it in a browser.')
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             safe = Path(path).suffix == '.safetensors'
@@ -67,7 +54,10 @@ def read_weights(path: Union[str, Path], use_ema: bool = False) -> Tuple[str, Di
                 f'{path} is refused, no code in it was run: {refused[0]}. Only tensors, plain Python values and '
                 f'argparse.Namespace are read from a checkpoint.') from e
         reason = str(e).partition('. ')[0] or type(e).__name__
-        raise CorruptCheckpointError(f'{path} is not a checkpoint, or damaged or incomplete: {reason}.') from e
+        if start.lstrip().startswith(b'<'):
+            reason = 'it is a web page, as Google Drive sends one in place of a file that was downloaded too often'
+        raise ValueError(
+            f'{path} is not a checkpoint, or damaged or incomplete: {reason}. Remove it to download it again.') from e
 
     keys = ('model_ema', 'state_dict_ema') if use_ema else ('model', 'state_dict', '')
     entries = content if isinstance(content, dict) else {}
@@ -76,7 +66,7 @@ def read_weights(path: Union[str, Path], use_ema: bool = False) -> Tuple[str, Di
         if isinstance(weights, dict) and weights and all(
                 isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
             return key, clean_state_dict(weights)
-    found = join_names([str(k) for k in entries]) or f'a {type(content).__name__}'
+    found = shorten(', '.join(map(str, entries)), 100) or f'a {type(content).__name__}'
     raise ValueError(f'{path} has no dict of tensors under {" or ".join(keys[:2])}, it holds {found}.')
 
 
@@ -109,23 +99,18 @@ def _download(name: str) -> Path:
 
 def _load(model: torch.nn.Module, weights: Dict[str, torch.Tensor]) -> List[str]:
     """Load weights under any names into the model, and report the tensors that were joined or dropped."""
-    blocks = [v for k, v in weights.items() if k.startswith('blocks.')]
     copies = {k: v for k, v in weights.items() if k.startswith('stage_blocks.')}  # of the authors' LeViT
-    for key, value in copies.items():
-        if not any(torch.equal(value, v) for v in blocks):
-            raise ValueError(f'{key} should be a copy of a tensor under blocks, but none is equal.')
     renamed = {**rename_authors(weights), **copies}
+    lines = []
+    if joined := len(weights) - len(renamed):
+        lines.append(f'  {joined} joined to others, which are one tensor in timm')
     own = model.state_dict()
-    dropped = {why: [k for k in renamed if k.startswith(starts) and k not in own] for why, starts in DROPPED.items()}
-    left_out = {key for keys in dropped.values() for key in keys}
-    fitting = {k: v for k, v in renamed.items() if k not in left_out}
-    try:
-        model.load_state_dict(fitting)
-    except RuntimeError as e:
-        raise ValueError(f'The weights are not those of this {type(model).__name__}: {e}') from e
-    joined = len(weights) - len(renamed)
-    lines = [f'  {joined} joined to others, which are one tensor in timm'] if joined else []
-    return lines + [f'  {len(keys)} dropped, {why}: {join_names(keys, 4)}' for why, keys in dropped.items() if keys]
+    for why, starts in DROPPED.items():
+        if keys := [k for k in renamed if k.startswith(starts) and k not in own]:
+            lines.append(f'  {len(keys)} dropped, {why}: {shorten(", ".join(keys), 100)}')
+            renamed = {k: v for k, v in renamed.items() if k not in keys}
+    model.load_state_dict(renamed)
+    return lines
 
 
 def convert(
@@ -162,12 +147,7 @@ def convert(
     model: Any = timm.create_model(name, device='meta', **kwargs)
     variant = model.pretrained_cfg['architecture']
     path = Path(checkpoint) if checkpoint is not None else _download(variant)
-    try:
-        key, weights = read_weights(path, use_ema)
-    except CorruptCheckpointError:
-        if checkpoint is None:
-            path.unlink()  # otherwise the next try would find it again
-        raise
+    key, weights = read_weights(path, use_ema)
     if classes := count_classes(weights):
         kwargs.setdefault('num_classes', classes)
     model = timm.create_model(variant, pretrained_cfg='evovit_in1k' if variant in PUBLISHED else None, **kwargs)
