@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import sys
 import tarfile
 
 import pytest
@@ -17,7 +18,7 @@ from timm.utils import accuracy
 from torch.nn import functional as F
 
 from timm_evovit import evolve
-from timm_evovit.tools import cli, sweep, sweep_report
+from timm_evovit.tools import sweep, sweep_report
 from timm_evovit.tools.cli import main
 
 datasets = pytest.importorskip('sklearn.datasets', reason="the examples need pip install -e '.[examples]'")
@@ -181,7 +182,7 @@ def test_settings_take_turns():
 
     model = Model()
     settings = [sweep.Setting(model, ratio) for ratio in (1., 0.5)]
-    list(sweep.time_in_turns(settings, torch.zeros(4, 2), rounds=3))
+    sweep.time_in_turns(settings, torch.zeros(4, 2), rounds=3)
     assert calls == [0.5] * 3 + [1.] * 3 + [1., 0.5, 0.5, 1., 1., 0.5]  # the first three of each: counted, warmed up, estimated
     assert [len(s.seconds) for s in settings] == [3, 3]
 
@@ -385,7 +386,7 @@ def test_plot(command, digits, tmp_path, monkeypatch):
 
 
 def test_without_matplotlib(command, digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     status, result, _, err = command('evo_deit_tiny', digits)
     assert status == 0 and result['complete'] and 'needs matplotlib' in err
     assert [p.name for p in (tmp_path / 'out').iterdir()] == ['sweep.json']
@@ -402,7 +403,7 @@ def test_without_matplotlib(command, digits, tmp_path, monkeypatch):
     (['--data-dir', 'two', '--class-map', 'map.txt'], 'two has 12 classes, but the model has 10'),
     (['--data-dir', 'two', '--class-map', 'nomap.txt'], 'nomap.txt'),
     (['--data-dir', 'damaged', '--no-labels'], 'None of the 1 pictures can be read'),
-    (['--dataset', 'wds/some'], 'wds/some can only be read in sequence'),
+    (['--dataset', 'wds/some'], "--dataset must be torch/NAME or hfds/NAME, got 'wds/some'"),
     (['--keep-ratio', '0.5', '0'], '--keep-ratio must be in (0, 1], got 0'),
     (['--keep-ratio', '1.5'], '--keep-ratio must be in (0, 1], got 1.5'),
     (['--keep-ratio', 'nan'], '--keep-ratio must be in (0, 1], got nan'),

@@ -177,9 +177,9 @@ def test_names_the_classes_of_imagenet(photos, monkeypatch):
         head.bias.data.fill_(-100.)
         head.bias.data[[281, 207, 949, 0, 999]] = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]).log()
     assert captions(monkeypatch, many, [photos / 'a.jpg']) == [
-        'a.jpg   tabby 40.0%   golden retriever 30.0%   strawberry 15.0%   tench 10.0%   toilet tissue 5.0%']
-    assert captions(monkeypatch, many, [photos / 'a.jpg'], classes=False) == ['a.jpg']
-    assert captions(monkeypatch, build(), [photos / 'a.jpg']) == ['a.jpg']
+        f'{photos.name}/a.jpg   tabby 40.0%   golden retriever 30.0%   strawberry 15.0%   tench 10.0%   toilet tissue 5.0%']
+    assert captions(monkeypatch, many, [photos / 'a.jpg'], classes=False) == [f'{photos.name}/a.jpg']
+    assert captions(monkeypatch, build(), [photos / 'a.jpg']) == [f'{photos.name}/a.jpg']
 
 
 # the command

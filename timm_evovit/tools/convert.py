@@ -6,7 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Union
 
 import timm
 import torch
@@ -27,15 +27,12 @@ DROPPED = {  # what a model may have no place for: reason, and beginnings of the
 }
 
 
-def read_weights(path: Union[str, Path], use_ema: bool = False) -> Tuple[str, Dict[str, torch.Tensor]]:
+def read_weights(path: Union[str, Path], use_ema: bool = False) -> Dict[str, torch.Tensor]:
     """Read the weights from a file of `torch.save` or safetensors. No code in the file is run.
 
     Args:
         path: Checkpoint of the authors' code or of timm, or a state dict.
         use_ema: Take the moving average of the weights.
-
-    Returns:
-        Key of the weights in the checkpoint, '' if it is a state dict, and the weights.
 
     Raises:
         OSError: The file cannot be read.
@@ -53,11 +50,12 @@ def read_weights(path: Union[str, Path], use_ema: bool = False) -> Tuple[str, Di
             raise ValueError(
                 f'{path} is refused, no code in it was run: {refused[0]}. Only tensors, plain Python values and '
                 f'argparse.Namespace are read from a checkpoint.') from e
-        reason = str(e).partition('. ')[0] or type(e).__name__
+        reason = str(e).partition('. ')[0] if ' ' in str(e) else type(e).__name__
         if start.lstrip().startswith(b'<'):
             reason = 'it is a web page, as Google Drive sends one in place of a file that was downloaded too often'
         raise ValueError(
-            f'{path} is not a checkpoint, or damaged or incomplete: {reason}. Remove it to download it again.') from e
+            f'{path} is not a checkpoint, or damaged or incomplete: {reason}. If it was downloaded, remove it and try '
+            f'again.') from e
 
     keys = ('model_ema', 'state_dict_ema') if use_ema else ('model', 'state_dict', '')
     entries = content if isinstance(content, dict) else {}
@@ -65,7 +63,7 @@ def read_weights(path: Union[str, Path], use_ema: bool = False) -> Tuple[str, Di
         weights = entries.get(key) if key else content
         if isinstance(weights, dict) and weights and all(
                 isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
-            return key, clean_state_dict(weights)
+            return clean_state_dict(weights)
     found = shorten(', '.join(map(str, entries)), 100) or f'a {type(content).__name__}'
     raise ValueError(f'{path} has no dict of tensors under {" or ".join(keys[:2])}, it holds {found}.')
 
@@ -88,8 +86,7 @@ def _download(name: str) -> Path:
     try:
         import gdown
         # public files need no cookies, and gdown would store them in the home folder
-        if gdown.download(id=file_id, output=str(path), resume=True, use_cookies=False) is None:
-            raise RuntimeError('gdown returned no file')  # gdown before version 6 prints the reason
+        gdown.download(id=file_id, output=str(path), resume=True, use_cookies=False)
     except Exception as e:
         raise RuntimeError(
             f'{path} was not downloaded: {e}\nThe download needs gdown (pip install gdown), the next try goes on. Or '
@@ -109,7 +106,10 @@ def _load(model: torch.nn.Module, weights: Dict[str, torch.Tensor]) -> List[str]
         if keys := [k for k in renamed if k.startswith(starts) and k not in own]:
             lines.append(f'  {len(keys)} dropped, {why}: {shorten(", ".join(keys), 100)}')
             renamed = {k: v for k, v in renamed.items() if k not in keys}
-    model.load_state_dict(renamed)
+    try:
+        model.load_state_dict(renamed)
+    except RuntimeError as e:  # it names every tensor
+        raise ValueError(f'The weights are not those of this model: {shorten(str(e), 500)}') from e
     return lines
 
 
@@ -147,16 +147,16 @@ def convert(
     model: Any = timm.create_model(name, device='meta', **kwargs)
     variant = model.pretrained_cfg['architecture']
     path = Path(checkpoint) if checkpoint is not None else _download(variant)
-    key, weights = read_weights(path, use_ema)
+    weights = read_weights(path, use_ema)
     if classes := count_classes(weights):
         kwargs.setdefault('num_classes', classes)
     model = timm.create_model(variant, pretrained_cfg='evovit_in1k' if variant in PUBLISHED else None, **kwargs)
     lines = _load(model, weights)
 
     cfg, authors = model.pretrained_cfg, rename_authors(weights) is not weights
-    if use_ema or model_kwargs or model.num_classes != 1000 or not authors:
+    if checkpoint is not None or use_ema or model_kwargs:
         cfg.pop('notes', None)  # they describe the published weights
-    source = f'{path.name} ({key})' if key else path.name
+    source = f'{path.name} (moving average)' if use_ema else path.name
     card = {
         'license': 'mit' if authors else 'unknown',
         'description': f'{variant}, converted by timm-evovit. To load it, timm needs timm-evovit. Not evaluated.',

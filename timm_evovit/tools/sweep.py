@@ -1,16 +1,14 @@
 """Measure how much speed a model wins and how much accuracy it loses over keep ratios."""
 import math
-import os
 import statistics
 import sys
 import time
-from contextlib import nullcontext, suppress
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from contextlib import suppress
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data.readers.reader import Reader
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
@@ -19,90 +17,32 @@ from tqdm import tqdm
 
 from ..base import check
 
-__all__ = ['Pictures', 'Setting', 'collate', 'find_pictures', 'sweep']
-
 
 class Pictures(Dataset):
-    """Pictures of a dataset of timm in a random order that is always the same, so that any first part is a sample.
+    """Pictures of a reader of timm in a random order that is always the same, so that any first part is a sample.
 
-    timm puts the next picture in the place of one that cannot be read. Here its name with the reason takes the place of
-    the picture, and None that of the label.
+    An item is a picture (C, H, W), its label, -1 if it has none, and ''. timm puts the next picture in the place of one
+    that cannot be read. Here it is an empty one, label -1, and its name with the reason.
     """
 
-    def __init__(self, dataset: Any, mode: str = 'RGB', limit: Optional[int] = None) -> None:
-        self.dataset = dataset
+    def __init__(self, reader: Any, mode: str = 'RGB', limit: Optional[int] = None) -> None:
+        self.reader = reader
         self.mode = mode
-        self.order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit].tolist()
+        self.order = torch.randperm(len(reader), generator=torch.Generator().manual_seed(0))[:limit].tolist()
         self.transform: Callable[[Any], torch.Tensor]  # create_loader sets it
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, i: int) -> Tuple[Union[torch.Tensor, str], Optional[int]]:
-        index = self.order[i]
-        in_files = isinstance(self.dataset, ImageDataset)
+    def __getitem__(self, i: int) -> Tuple[torch.Tensor, int, str]:
+        index, error = self.order[i], ''
         try:
-            image, target = self.dataset.reader[index] if in_files else self.dataset[index]
-            image = (Image.open(image) if in_files else image).convert(self.mode)
+            image, target = self.reader[index]
+            image = (image if isinstance(image, Image.Image) else Image.open(image)).convert(self.mode)
         except Exception as e:  # decoders raise errors of every kind
-            name = self.dataset.filename(index) if in_files else None
-            return f'{name or f"picture {index}"} is skipped: {e}', None
-        return self.transform(image), -1 if target is None else target
-
-
-def collate(items: Sequence[Tuple[Any, Optional[int]]]) -> Tuple[torch.Tensor, torch.Tensor, List[str]]:
-    """Images (B, C, H, W) and labels (B) of the pictures that were read, and the errors of the others."""
-    images = [image for image, target in items if target is not None]
-    targets = [target for _, target in items if target is not None]
-    errors = [error for error, target in items if target is None]
-    return torch.stack(images) if images else torch.empty(0), torch.tensor(targets), errors
-
-
-def find_pictures(
-        data_dir: str,
-        dataset: str = '',
-        split: str = 'validation',
-        class_map: str = '',
-        num_classes: Optional[int] = None,
-        **kwargs: Any,
-) -> Pictures:
-    """Find pictures as timm's validate.py does, and check that their classes are those of the model.
-
-    Args:
-        data_dir: Folder with a folder of pictures per class, or with such splits; tar file; or where `dataset` is.
-        dataset: torch/NAME or hfds/NAME.
-        split: Split of the data, or name of a folder in `data_dir`.
-        class_map: File that gives the classes their numbers.
-        num_classes: Number of classes of the model, None if labels are not used.
-        **kwargs: Arguments of `Pictures`.
-
-    Raises:
-        OSError, RuntimeError, ValueError: There are no pictures, no classes, or not those of the model.
-    """
-    kind = dataset.partition('/')[0].lower() if '/' in dataset else ''
-    if kind in ('hfids', 'tfds', 'wds'):
-        raise ValueError(f'{dataset} can only be read in sequence: take a folder, a tar file, torch/NAME or hfds/NAME.')
-    if kind != 'hfds' and not os.path.exists(data_dir):
-        raise FileNotFoundError(f'{data_dir}: there is no such folder or tar file.')
-    try:
-        found = create_dataset(dataset, root=data_dir, split=split, class_map=class_map or None)
-    except ImportError as e:
-        raise ValueError(f'{dataset} was not opened: {e}') from e
-    reader = found.reader if isinstance(found, ImageDataset) else found
-    splits = [Path(data_dir, name) for name in ('train', 'validation', 'val', 'test')]
-    if getattr(reader, 'root', None) == data_dir and any(f.is_dir() for folder in splits for f in folder.glob('*')):
-        raise ValueError(f'{data_dir} has no split {split!r}: timm would take the pictures of all its splits.')
-    classes = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
-    if num_classes is not None and classes:
-        place = getattr(reader, 'root', data_dir)
-        if set(classes) == {''}:
-            raise ValueError(f'{place} has no folder for each class; --no-labels compares predictions without labels.')
-        count = max(classes.values()) + 1 if class_map else len(classes)
-        if count > num_classes or count < num_classes and not class_map:
-            raise ValueError(
-                f'{place} has {count} classes, but the model has {num_classes}: give weights for these classes, a '
-                f'--class-map if the folders are some of the classes of the model, or --no-labels.')
-    return Pictures(found, **kwargs)
+            name = self.reader.filename(index) if isinstance(self.reader, Reader) else f'picture {index}'
+            image, target, error = Image.new(self.mode, (1, 1)), None, f'{name} is skipped: {e}'
+        return self.transform(image), -1 if target is None else target, error
 
 
 class Setting:
@@ -122,7 +62,7 @@ class Setting:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         dtype = self.amp_dtype and getattr(torch, self.amp_dtype)
-        with torch.autocast(images.device.type, dtype) if dtype else nullcontext():
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             return self.model(images)
 
     def count(self, image: torch.Tensor) -> None:
@@ -134,12 +74,10 @@ class Setting:
 
 
 @torch.inference_mode()
-def time_in_turns(
-        settings: Sequence[Setting], images: torch.Tensor, rounds: int = 7, seconds: float = 0.3) -> Iterator[None]:
+def time_in_turns(settings: Sequence[Setting], images: torch.Tensor, rounds: int = 7, seconds: float = 0.3) -> None:
     """Time a batch in rounds, each setting once in every round and in reverse order in every second one.
 
-    A round before them warms up, counts multiply-adds and finds out how many calls fill `seconds`. Yields after each
-    setting.
+    A round before them warms up, counts multiply-adds and finds out how many calls fill `seconds`.
     """
     def measure(setting: Setting, calls: int) -> float:
         setting.prepare()
@@ -151,7 +89,7 @@ def time_in_turns(
         return (time.perf_counter() - start) / calls
 
     calls: Dict[Setting, int] = {}
-    for i in range(rounds + 1):
+    for i in tqdm(range(rounds + 1), 'speed', unit='round', disable=None):
         for setting in settings if i % 2 else reversed(settings):
             if i == 0:
                 setting.count(images[:1])
@@ -159,7 +97,6 @@ def time_in_turns(
                 calls[setting] = math.ceil(seconds / measure(setting, 1)) or 1
             else:
                 setting.seconds.append(measure(setting, calls[setting]))
-            yield
 
 
 @torch.inference_mode()
@@ -242,7 +179,7 @@ def sweep(
 
     Args:
         settings: The dense model first, keep ratio 1 among them.
-        loader: Batches as `collate` makes them.
+        loader: Batches of `Pictures`.
         batch: What is timed, (B, C, H, W) on the device of the models.
         labels: Use the labels.
         max_drop: Points that the chosen setting may lose.
@@ -256,23 +193,21 @@ def sweep(
     Raises:
         ValueError: No picture can be read, or a label is none of the model's classes.
     """
-    turns = time_in_turns(settings, batch, rounds)
-    for _ in tqdm(turns, 'speed', (rounds + 1) * len(settings), disable=None):
-        pass
+    time_in_turns(settings, batch, rounds)
     result: Dict[str, Any] = {'images': 0, 'skipped': [], 'complete': False}
-    with suppress(KeyboardInterrupt), tqdm(
-            desc='accuracy', total=len(loader.dataset), unit='picture', disable=None) as progress:
-        for images, target, errors in loader:
-            for error in errors:
+    with suppress(KeyboardInterrupt):
+        for images, target, errors in tqdm(loader, 'accuracy', unit='batch', disable=None):
+            read = torch.tensor([not error for error in errors])
+            for error in filter(None, errors):
                 tqdm.write(f'timm-evovit: {error}', file=sys.stderr)
-            result['skipped'] += errors
-            if len(images):
-                compare(settings, images.to(batch.device), target.to(batch.device) if labels else None)
+                result['skipped'].append(error)
+            if read.any():
+                images, target = images[read].to(batch.device), target[read].to(batch.device)
+                compare(settings, images, target if labels else None)
                 n = result['images'] + len(images)
                 rows = summarize(settings, n, len(batch), labels)
                 result.update(images=n, rows=rows, chosen=choose(rows, max_drop))
                 save(result)
-            progress.update(len(images) + len(errors))
         result['complete'] = True
     if not result['images']:
         if not result['complete']:

@@ -1,12 +1,12 @@
 """What a sweep over keep ratios has found: table, words, plot and the files."""
 import json
 import shlex
+import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
-__all__ = ['describe', 'how_to_use', 'plot', 'table', 'write']
+import numpy as np
 
-FEW = 1000  # pictures; with fewer the intervals are wide
 FLAGS = {'num_classes': '--num-classes', 'in_chans': '--in-chans', 'global_pool': '--gp'}  # of timm's scripts
 
 
@@ -26,8 +26,6 @@ def table(rows: Sequence[Dict[str, Any]]) -> str:
     for row in rows:
         row = {**row, 'multiply_adds': row['multiply_adds'] / 1e6}
         cells.append([absent[key] if row[key] is None else form.format(row[key]) for _, key, form in columns])
-    if rows[0]['keep_ratio'] is not None:
-        cells[1][0] += ' (dense)'
     widths = [max(map(len, column)) for column in zip(*cells)]
     return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells)
 
@@ -43,7 +41,7 @@ def describe(report: Dict[str, Any]) -> str:
             chosen['top1'], dense['top1']) if 'top1' in dense else f'{chosen["lost"]:.2f} % of predictions change'
         lines = [f'Of the keep ratios that {limit}, {chosen["keep_ratio"]:g} is the fastest: '
                  f'{chosen["speed_up"]:.2f} times as fast as the dense model; {result}.']
-        if report['images'] < FEW:
+        if report['images'] < 1000:
             low, high = chosen['lost_interval']
             unit = 'points lost' if 'top1' in dense else '% changed'
             lines += [f'{report["images"]} pictures are few: {low:.2f} to {high:.2f} {unit} are compatible with them '
@@ -56,22 +54,19 @@ def plot(report: Dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
     rows, max_drop = report['rows'], report['max_drop']
     dense = rows[0].get('top1', 100.)
+    speed, lost = (np.array([row[key] for row in rows]) for key in ('images_per_second', 'lost'))
+    low, high = np.array([row['lost_interval'] for row in rows[1:]]).T
+    chosen, first = rows.index(report['chosen']), 0 if rows[0]['keep_ratio'] else 1
+
     figure = Figure(figsize=(7.2, 4.6), layout='constrained')
     axis = figure.add_subplot()
-    points = [(r['images_per_second'], dense - r['lost']) for r in rows]
-    for i, ((x, _), (low, high)) in enumerate(zip(points[1:], [r['lost_interval'] for r in rows[1:]])):
-        axis.plot([x, x], [dense - high, dense - low], color='0.65', zorder=1, label=None if i else '95 % interval')
-    evolving = [point for r, point in zip(rows, points) if r['keep_ratio']]
-    axis.plot(*zip(*evolving), 'o-', color='C0', zorder=1, label='keep ratio')
-    axis.plot(*zip(*evolving), 'o', color='C0', zorder=3)
-    axis.plot(*points[0], 's', color='black', mfc='white', ms=8, zorder=3, label='dense model')
-    axis.plot(*points[rows.index(report['chosen'])], 'o', color='black', mfc='none', ms=14, label='chosen')
+    axis.vlines(speed[1:], dense - high, dense - low, colors='0.65', label='95 % interval')
+    axis.plot(speed[first:], dense - lost[first:], 'o-', color='C0', label='keep ratio')
+    axis.plot(speed[0], dense, 's', color='black', mfc='white', ms=8, label='dense model')
+    axis.plot(speed[chosen], dense - lost[chosen], 'o', color='black', mfc='none', ms=14, label='chosen')
     axis.axhline(dense - max_drop, color='0.3', ls='--', lw=1, label=f'{max_drop:g} points less')
-    for r, point in zip(rows, points):
-        if r['keep_ratio']:
-            axis.annotate(
-                f'{r["keep_ratio"]:g}', point, (-7, -7), textcoords='offset points', ha='right', va='top', zorder=2,
-                bbox=dict(facecolor='white', edgecolor='none', alpha=0.8, pad=1))
+    for x, y, row in list(zip(speed, dense - lost, rows))[first:]:
+        axis.annotate(f'{row["keep_ratio"]:g}', (x, y), (-7, -7), textcoords='offset points', ha='right', va='top')
     axis.set_title(f'{report["model"]}, {report["images"]} pictures', fontsize=10, wrap=True)
     axis.set_xlabel(f'images per second, batch {report["batch_size"]}, {report["device"]}')
     axis.set_ylabel('top-1 (%)' if 'top1' in rows[0] else 'same prediction as the dense model (%)')
@@ -83,26 +78,19 @@ def plot(report: Dict[str, Any]) -> Any:
 
 def write(path: Path, content: Any) -> None:
     """Write JSON or a figure of matplotlib beside its place and move it there when it is complete."""
-    partial = path.with_name(f'.{path.name}')
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
+        partial = Path(folder, path.name)
         if path.suffix == '.json':
             partial.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
         else:
             content.savefig(partial, dpi=130)
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def how_to_use(
-        name: str,
-        kwargs: Dict[str, Any],
-        pretrained: bool = False,
-        checkpoint: Optional[str] = None,
-        use_ema: bool = False,
-        data: Optional[Dict[str, Any]] = None,
-) -> Tuple[str, str]:
+def how_to_use(report: Dict[str, Any], name: str, kwargs: Dict[str, Any], data: Dict[str, Any]) -> Tuple[str, str]:
     """Python code and arguments of timm's scripts that build a model; `data` are options of the scripts only."""
+    pretrained, checkpoint, use_ema = (report[k] for k in ('pretrained', 'checkpoint', 'use_ema'))
     words = [repr(name), *(['pretrained=True'] if pretrained else []), *(f'{k}={v!r}' for k, v in kwargs.items())]
     code = f'model = timm.create_model({", ".join(words)})'
     arguments = ['--model', name, *(['--pretrained'] if pretrained else [])]
@@ -110,7 +98,7 @@ def how_to_use(
         code += f'\ntimm.models.load_checkpoint(model, {checkpoint!r}, use_ema={use_ema})'
         arguments += ['--checkpoint', checkpoint, *(['--use-ema'] if use_ema else [])]
     options = {FLAGS[k]: v for k, v in kwargs.items() if k in FLAGS}
-    options.update((f'--{k.replace("_", "-")}', v) for k, v in (data or {}).items())
+    options.update((f'--{k.replace("_", "-")}', v) for k, v in data.items())
     for flag, value in options.items():
         arguments += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
     if others := [f'{k}={v}' for k, v in kwargs.items() if k not in FLAGS]:

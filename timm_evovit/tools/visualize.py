@@ -3,6 +3,7 @@ import glob
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
@@ -99,12 +100,9 @@ def draw(pixels: torch.Tensor, tokens: Sequence[InformativeTokens], attention: b
 
 def sheet(images: Sequence[Image.Image]) -> Image.Image:
     """Contact sheet: pictures one below the other."""
-    out = Image.new('RGB', (max(i.width for i in images), sum(i.height for i in images)), 'white')
-    y = 0
-    for image in images:
-        out.paste(image, (0, y))
-        y += image.height
-    return out
+    width = max(image.width for image in images)
+    rows = [np.asarray(ImageOps.expand(image, (0, 0, width - image.width, 0), 'white')) for image in images]
+    return Image.fromarray(np.vstack(rows))
 
 
 @torch.no_grad()
@@ -127,7 +125,7 @@ def visualize(
             yield path, e
             continue
         batch = x.unsqueeze(0).to(weight.dtype)
-        caption = path.name
+        caption = str(Path(*path.parts[-2:]))  # of images with the same name, the folder tells them apart
         if labels is not None:
             with eval_mode(model):
                 top = model(batch)[0].float().softmax(dim=-1).topk(5)
