@@ -55,12 +55,12 @@ def plot(report: Dict[str, Any]) -> Any:
     rows, max_drop = report['rows'], report['max_drop']
     dense = rows[0].get('top1', 100.)
     speed, lost = (np.array([row[key] for row in rows]) for key in ('images_per_second', 'lost'))
-    low, high = np.array([row['lost_interval'] for row in rows[1:]]).T
+    low, high = np.array([row['lost_interval'] or (0., 0.) for row in rows]).T
     chosen, first = rows.index(report['chosen']), 0 if rows[0]['keep_ratio'] else 1
 
     figure = Figure(figsize=(7.2, 4.6), layout='constrained')
     axis = figure.add_subplot()
-    axis.vlines(speed[1:], dense - high, dense - low, colors='0.65', label='95 % interval')
+    axis.vlines(speed, dense - high, dense - low, colors='0.65', label='95 % interval')
     axis.plot(speed[first:], dense - lost[first:], 'o-', color='C0', label='keep ratio')
     axis.plot(speed[0], dense, 's', color='black', mfc='white', ms=8, label='dense model')
     axis.plot(speed[chosen], dense - lost[chosen], 'o', color='black', mfc='none', ms=14, label='chosen')
