@@ -12,8 +12,8 @@ A page marks where a table or a plot goes; what is between the marks is replaced
     <!-- end -->
 
 The first word names one of the tables (speed, dense_features, flops, models, families, families_refused,
-without_training, finetuned, kernels) or plots (speed, top1, without_training). A plot goes to the file named next,
-beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with shell patterns,
+without_training, finetuned, kernels, sweep) or plots (speed, top1, without_training, sweep). A plot goes to the file
+named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with shell patterns,
 `file=` the name of the result file without `.json`. By default all files are taken whose name starts with that of the
 benchmark. A mark stays empty as long as there is no such file.
 """
@@ -33,6 +33,8 @@ import timm
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from PIL import Image
+
+from timm_evovit.tools import sweep_report as tools
 
 matplotlib.use('Agg')
 ROOT = Path(__file__).parent.parent
@@ -91,7 +93,7 @@ def select(mark: Mark, results: Path) -> List[Row]:
     for path in paths:
         report = json.loads(path.read_text())
         of = {key: value for key, value in report.items() if key != 'rows'}
-        of['by_run'] = {(row.get('run'), row.get('seed'), row['model']): row for row in report['rows']}
+        of['by_run'] = {(row.get('run'), row.get('seed'), row.get('model')): row for row in report['rows']}
         rows += [{**row, 'of': of} for row in report['rows']]
     unknown = [key for key in conditions if not any(key in row for row in rows)]
     if rows and unknown:
@@ -253,6 +255,22 @@ def refused_table(rows: List[Row]) -> str:
         [f'`{name}`', reason.rstrip('.')] for r in rows for name, reason in r['refused'].items()])
 
 
+def sweep_report(rows: List[Row]) -> Dict[str, Any]:
+    """The contents of sweep.json again."""
+    return {**rows[0]['of'], 'rows': [{key: value for key, value in row.items() if key != 'of'} for row in rows]}
+
+
+def sweep_table(rows: List[Row]) -> str:
+    """What `timm-evovit sweep` has printed."""
+    report = sweep_report(rows)
+    return f"```text\n{tools.table(report['rows'])}\n\n{tools.describe(report)}\n```"
+
+
+def sweep_plot(rows: List[Row]) -> plt.Figure:
+    """Top-1 of each keep ratio against images per second."""
+    return tools.plot(sweep_report(rows))
+
+
 def speed_plot(rows: List[Row]) -> plt.Figure:
     """Speed-up of each row with its range, and the ratio of multiply-adds."""
     rows = [row for row in rows if row['model'] != row['baseline']]
@@ -331,9 +349,10 @@ def without_training_plot(rows: List[Row]) -> plt.Figure:
 TABLES: Dict[str, Callable[[List[Row]], str]] = {
     'speed': speed_table, 'dense_features': dense_features_table,
     'flops': flops_table, 'models': models_table, 'families': families_table, 'families_refused': refused_table,
-    'without_training': without_training_table, 'finetuned': finetuned_table, 'kernels': kernels_table}
+    'without_training': without_training_table, 'finetuned': finetuned_table, 'kernels': kernels_table,
+    'sweep': sweep_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
-    'speed': speed_plot, 'top1': top1_plot, 'without_training': without_training_plot}
+    'speed': speed_plot, 'top1': top1_plot, 'without_training': without_training_plot, 'sweep': sweep_plot}
 
 
 def digest(mark: Mark, rows: List[Row]) -> str:

@@ -12,7 +12,7 @@ import timm
 import torch
 from helpers import TINY, TINY_LEVIT, assert_same_weights, randomize
 from PIL import Image
-from programs import TIMM_REPO, needs_timm_repo, run, write_digits
+from programs import BENCHMARKS, TIMM_REPO, needs_timm_repo, run, write_digits
 from timm.data import create_dataset, create_transform
 from timm.utils import accuracy
 from torch.nn import functional as F
@@ -383,6 +383,15 @@ def test_plot(command, digits, tmp_path, monkeypatch):
     line = next(line for line in figure.axes[0].lines if line.get_label() == 'keep ratio')
     assert line.get_xdata().tolist() == [r['images_per_second'] for r in rows[1:]]
     assert line.get_ydata().tolist() == pytest.approx([r['top1'] for r in rows[1:]])
+
+
+def test_documentation_shows_what_it_prints(command, digits, tmp_path):
+    _, _, out, _ = command('vit_tiny_patch16_224', digits)
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- table: sweep -->\n<!-- end -->\n')
+    run(BENCHMARKS / 'report.py', page, '--results', tmp_path / 'out', cwd=tmp_path)
+    shown = page.read_text().partition('```text\n')[2].partition('\n```')[0]
+    assert shown in out and 'keep ratio' in shown and "For timm's scripts" in shown
 
 
 def test_without_matplotlib(command, digits, tmp_path, monkeypatch):
