@@ -13,9 +13,9 @@ A page marks where a table or a plot goes; what is between the marks is replaced
 
 The first word names one of the tables (speed, dense_features, flops, models, families, families_refused,
 without_training, finetuned, kernels, sweep) or plots (speed, top1, without_training, sweep). A plot goes to the file
-named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with shell patterns,
-`file=` the name of the result file without `.json`. By default all files are taken whose name starts with that of the
-benchmark. A mark stays empty as long as there is no such file.
+named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with shell
+patterns, `file=` the name of the result file without `.json`. By default all files are taken whose name starts with
+that of the benchmark. A mark stays empty as long as there is no such file.
 """
 import argparse
 import hashlib
