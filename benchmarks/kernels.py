@@ -55,7 +55,7 @@ def attention(
     if attn_mask is None:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
     n = k.shape[2]
-    if n % 8:  # rows of a bias must be aligned
+    if any(stride % 8 for stride in attn_mask.stride()[:-1]):  # PyTorch's rule: rows of a bias must be aligned
         attn_mask = F.pad(attn_mask, [0, 8 - n % 8])[..., :n]
     attn_mask = attn_mask.expand(-1, q.shape[1], q.shape[2], -1)
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, False, dropout_p, is_causal)[0]

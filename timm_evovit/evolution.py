@@ -454,7 +454,9 @@ class Stages:
         sizes = self.sizes
         if sizes is None:
             return None
-        return sizes.log().to(x.dtype)[:, None, None]
+        N = sizes.shape[1]
+        # rows as far apart as fused attention on a GPU wants them: it would copy the bias in every block
+        return F.pad(sizes.log().to(x.dtype), [0, 8 - N % 8])[:, None, None, :N]
 
     def divide_rope(self, rope: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of the complete sequence, (B or 1, heads or 1, N, d), to that of the slow tokens."""
