@@ -190,10 +190,12 @@ def tags_of(model: str) -> List[str]:
 
 
 def models_table(rows: List[Row]) -> str:
-    return markdown(['model', 'parameters', 'G multiply-adds (dense model)', 'top-1 in the paper', 'weights'], [[
+    header = ['model', 'parameters', 'G multiply-adds (dense model)', 'top-1 in the paper (dense model)', 'weights']
+    dense = {name: f' ({top1})' for name, top1 in TOP1.items()}
+    return markdown(header, [[
         f"`{r['model']}`", f"{r['parameters'] / 1e6:.2f} M",
         f"{r['multiply_adds'] / 1e9:.3f} ({r['dense_multiply_adds'] / 1e9:.3f})",
-        str(TOP1.get(r['model'], 'not published')),
+        str(TOP1.get(r['model'], 'not published')) + dense.get(r['model'].removeprefix('evo_'), ''),
         ', '.join(f'`{tag}`' for tag in tags_of(r['model']))]
         for r in rows])
 

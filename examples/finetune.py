@@ -43,6 +43,9 @@ parser.add_argument('--output', type=Path, default=Path('output/finetune'))
 
 def main():
     args = parser.parse_args()
+    for folder in (args.data_dir / 'train', args.data_dir / 'validation'):
+        if not folder.is_dir():
+            parser.error(f'--data-dir {args.data_dir}: there is no folder {folder}')
     datasets = [
         create_dataset('', root=args.data_dir, split=split, is_training=split == 'train')
         for split in ('train', 'validation')]

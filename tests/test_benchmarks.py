@@ -323,7 +323,7 @@ def test_report_writes_counts(tmp_path, results):
     report.main([str(page), '--results', str(results)])
     lines = page.read_text().splitlines()
     assert '| fvcore | 3.000 / 2.000 | 1.500 | 4.000 / 2.000 | 2.000 |' in lines
-    assert '| `evo_deit_tiny_patch16_224` | 2.50 M | 2.000 (3.000) | 72.0 | `fb_in1k`, `evovit_in1k` |' in lines
+    assert '| `evo_deit_tiny_patch16_224` | 2.50 M | 2.000 (3.000) | 72.0 (72.2) | `fb_in1k`, `evovit_in1k` |' in lines
     assert '| `evo_levit_128s_384` | 2.50 M | 2.000 (3.000) | not published |  |' in lines
 
 
