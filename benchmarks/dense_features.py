@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
 """Segmentation on the feature maps of Evo-DeiT and of dense DeiT, trained from scratch: mean IoU and speed.
 
-    python benchmarks/dense_features.py --output benchmarks/results/dense_features.json --picture segmentation.png
+    python benchmarks/dense_features.py --seeds 0 1 2 --tome ToMe --output benchmarks/results/dense_features.json \\
+        --picture segmentation.png
 
 scikit-learn's handwritten zeros and ones are scattered over textures of scikit-image; every pixel is background, zero
 or one. Both backbones are timm's `features_only` models under the same small head, and take turns on the same images.
+
+Then the dense backbone evolves without training. Beside it runs ToMe by its authors' code, a checkout of
+github.com/facebookresearch/ToMe: each patch of its maps gets the token that it was merged into. Its speed is that
+without finding out which one that is, as fast as any code that does can be.
 """
 import argparse
+import copy
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -21,6 +27,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from without_training import tome
+
+from timm_evovit import evolve
 
 SIZE = 64
 CLASSES = ('background', 'zero', 'one')
@@ -35,6 +44,11 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     parser.add_argument('--images', type=int, default=256, help='number of images to validate on')
     parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--similarity', type=float, nargs='*', default=[0.7, 0.6, 0.5, 0.4], help='keep ratios')
+    parser.add_argument('--tome', type=Path, metavar='CHECKOUT', help='of ToMe')
+    parser.add_argument(
+        '--merged', type=float, nargs='*', default=[0.5, 0.625, 0.75, 0.875, 0.95],
+        help='parts of the patches that ToMe merges')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
     parser.add_argument('--picture', type=Path, metavar='PNG', help='draw what the models of the last seed predict')
@@ -86,6 +100,47 @@ class Segmenter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         maps = sum(head(f) for head, f in zip(self.heads, self.backbone(x)))
         return F.interpolate(F.pixel_shuffle(maps, 2), x.shape[-2:], mode='bilinear')
+
+
+class MergedMaps(nn.Module):
+    """Maps of a backbone that merges tokens by ToMe, complete: each patch gets the token that it was merged into.
+
+    Without `trace` some token takes its place, which saves the time of finding the right one.
+    """
+
+    def __init__(self, backbone: nn.Module, merged: float, checkout: Path, trace: bool) -> None:
+        super().__init__()
+        self.model = tome(backbone.model, merged, checkout)
+        self.model._tome_info['trace_source'] = trace
+        self.out_indices = backbone.out_indices
+
+    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+        model = self.model
+        model._tome_info.update(r=[model.r] * len(model.blocks), size=None, source=None)
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        B, N, C = x.shape
+        maps = []
+        for i, block in enumerate(model.blocks):
+            x = block(x)
+            if i in self.out_indices:
+                source = model._tome_info['source']
+                idx = torch.arange(N).expand(B, N) % x.shape[1] if source is None else source.argmax(dim=1)
+                full = x.gather(1, idx.to(x.device).unsqueeze(2).expand(-1, -1, C))[:, 1:]
+                maps.append(full.transpose(1, 2).unflatten(2, model.patch_embed.grid_size))
+        return maps
+
+
+def without_training(dense: Segmenter, args: argparse.Namespace, trace: bool) -> Dict[str, nn.Module]:
+    """The dense model with other backbones, by method."""
+    backbones = {f'similarity {ratio}': evolve(dense.backbone, ratio) for ratio in args.similarity}
+    if args.tome:
+        for merged in args.merged:
+            backbones[f'ToMe {merged}'] = MergedMaps(dense.backbone, merged, args.tome, trace)
+    models = {}
+    for name, backbone in backbones.items():
+        models[name] = copy.copy(dense)
+        models[name]._modules = {**dense._modules, 'backbone': backbone.eval()}
+    return models
 
 
 def iou(predicted: torch.Tensor, labels: torch.Tensor) -> List[float]:
@@ -142,27 +197,31 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     images, labels = Scenes(slice(1437, None), 1).batch(args.images, args.device)
     for seed in args.seeds:
         models, training = train(seed, args)
+        dense = models[BACKBONES[0]].eval()
+        timed = {**models, **without_training(dense, args, trace=False)}
+        models.update(without_training(dense, args, trace=True))
         predicted = {}
         with torch.inference_mode():
             for name, model in models.items():
                 predicted[name] = torch.cat([model.eval()(x).argmax(dim=1) for x in images.split(32)])
             inference = harness.time_in_turns(
-                {name: lambda model=model: model(images[:64]) for name, model in models.items()}, args.rounds, 1, 0.,
+                {name: lambda model=model: model(images[:64]) for name, model in timed.items()}, args.rounds, 1, 0.,
                 args.device)
         for name in models:
             values = iou(predicted[name], labels)
-            faster = harness.summarize(training[name], training[BACKBONES[0]], args.batch_size)
             row = {
                 'model': name, 'baseline': BACKBONES[0], 'seed': seed, 'steps': args.steps, 'device': args.device,
                 'iou': dict(zip(CLASSES, values)), 'mean_iou': sum(values) / len(values),
-                'training_speed_up': faster['speed_up'],
+                'multiply_adds': harness.multiply_adds(timed[name], (3, SIZE, SIZE)),
                 **harness.summarize(inference[name], inference[BACKBONES[0]], min(64, args.images)),
             }
+            if name in training:
+                faster = harness.summarize(training[name], training[BACKBONES[0]], args.batch_size)
+                row['training_speed_up'] = faster['speed_up']
             report.add(row)
-            print(f'seed {seed}  {name:28} mean IoU {row["mean_iou"]:.2f} %  speed-up '
-                  f'{row["training_speed_up"]:.2f} in training, {row["speed_up"]:.2f} in inference')
+            print(f'seed {seed}  {name:28} mean IoU {row["mean_iou"]:.2f} %  speed-up {row["speed_up"]:.2f}')
     if args.picture:
-        draw(images[:8], {'truth': labels[:8], **{name: p[:8] for name, p in predicted.items()}}, args.picture)
+        draw(images[:8], {'truth': labels[:8], **{name: predicted[name][:8] for name in BACKBONES}}, args.picture)
     return report.data
 
 

@@ -159,10 +159,16 @@ def speed_table(rows: List[Row]) -> str:
 
 
 def dense_features_table(rows: List[Row]) -> str:
-    lines = [[
-        f"`{r['model']}`", str(r['seed']), f"{r['mean_iou']:.2f}", f"{r['training_speed_up']:.2f}",
-        f"{r['speed_up']:.2f}"] for r in rows]
-    header = ['backbone', 'seed', 'mean IoU %', 'speed-up, training', 'inference']
+    """One line per model, all seeds in it."""
+    lines = []
+    for name in dict.fromkeys(r['model'] for r in rows):
+        of = [r for r in rows if r['model'] == name]
+        share = of[0]['multiply_adds'] / baseline(of[0])['multiply_adds']
+        lost = ', '.join(f"{baseline(r)['mean_iou'] - r['mean_iou']:.2f}" for r in of)
+        lines.append([
+            name, f'{share:.3f}', ', '.join(f"{r['mean_iou']:.2f}" for r in of),
+            '' if name == of[0]['baseline'] else lost, f"{statistics.median(r['speed_up'] for r in of):.2f}"])
+    header = ['backbone', 'share of multiply-adds', 'mean IoU %', 'points lost', 'speed-up']
     return markdown(header, lines) + '\n\n' + made_with(rows)
 
 

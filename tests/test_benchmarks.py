@@ -124,8 +124,9 @@ def test_dense_features(tmp_path):
     pytest.importorskip('skimage', reason="the benchmark needs pip install -e '.[examples]'")
     output, picture = tmp_path / 'dense_features.json', tmp_path / 'segmentation.png'
     run(BENCHMARKS / 'dense_features.py', '--steps', 2, '--batch-size', 2, '--images', 8, '--rounds', 1, '--output',
-        output, '--picture', picture, cwd=tmp_path)
-    dense, evo = json.loads(output.read_text())['rows']
+        output, '--picture', picture, '--similarity', 1, 0.5, cwd=tmp_path)
+    dense, evo, same, half = json.loads(output.read_text())['rows']
+    assert same['iou'] == dense['iou'] and half['multiply_adds'] < same['multiply_adds'] == dense['multiply_adds']
     for r in (dense, evo):
         assert r['mean_iou'] == pytest.approx(sum(r['iou'].values()) / 3) and 0 < r['iou']['background'] <= 100
     assert dense['training_speed_up'] == dense['speed_up'] == 1 and evo['speed_up'] > 0
