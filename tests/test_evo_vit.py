@@ -525,6 +525,23 @@ def test_evo_vit_in_transformers_wrapper(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('by_name', [True, False])
+def test_transformers_load_what_timm_saved(tmp_path, by_name):
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    if by_name:
+        model = timm.create_model('evo_vit', base='vit_tiny_patch16_224', keep_ratio=0.5, **ARGS).eval()
+    else:
+        model = evolve(timm.create_model('vit_tiny_patch16_224', **ARGS).eval(), 0.5)
+    timm.models.save_for_hf(model, tmp_path, model_args=model.model_args, safe_serialization=True)
+    config = transformers.TimmWrapperConfig.from_pretrained(tmp_path)
+    config.model_args.pop('num_classes', None)  # timm 1.0.31 writes it, and transformers would pass it twice
+    wrapper = transformers.AutoModelForImageClassification.from_pretrained(tmp_path, config=config).eval()
+    assert wrapper.timm_model.keep_ratio == model.keep_ratio
+    with torch.no_grad():
+        torch.testing.assert_close(wrapper(images(2)).logits, model(images(2)))
+
+
+@pytest.mark.slow
 def test_evolved_in_transformers_wrapper_warns(tmp_path):
     """The wrapper's config describes the dense model; the warning says what to build, and that comes back evolving."""
     transformers = pytest.importorskip('transformers', reason='transformers is not installed')
