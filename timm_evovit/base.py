@@ -134,10 +134,10 @@ class EvolvingModel(nn.Module):
             tradeoff: Sequence[float],
             stages: Sequence[int],
             keep_ratio: Sequence[float],
-    ) -> Tuple[Schedule, Optional[Schedule]]:
-        """The schedule, and the one that takes its place in training mode, if any."""
+    ) -> Tuple[Schedule, Schedule]:
+        """The schedule, and the one of training mode."""
         schedule = Schedule.build(tradeoff, stages, keep_ratio, self.selection, self.slow_tokens)
-        return schedule, Schedule.build(tradeoff, stages, keep_ratio, 'layer') if self.layerwise_epochs else None
+        return schedule, Schedule.build(tradeoff, stages, keep_ratio, 'layer') if self.layerwise_epochs else schedule
 
     @property
     @torch.jit.unused

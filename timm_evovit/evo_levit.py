@@ -169,14 +169,14 @@ class EvoLevitStage(LevitStage):
         return stage
 
     @torch.jit.unused
-    def set_schedule(self, schedule: Schedule, layerwise: Optional[Schedule]) -> None:
+    def set_schedule(self, schedule: Schedule, training_schedule: Schedule) -> None:
         """Set the schedules of all attentions, the downsampling one first."""
         first = 0
         if self.downsample is not None:
             first = 1
             # the same in both schedules: a selection follows in both or in none
             self.downsample.attn_downsample.needs_class_attention = schedule.needs_class_attention[0]
-        self.blocks.set_schedule(schedule.part(first), None if layerwise is None else layerwise.part(first))
+        self.blocks.set_schedule(schedule.part(first), training_schedule.part(first))
 
     def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:
         """Tokens (B, N, C), the class token first, to tokens (B, 1 + h * w, C). `state` is updated."""
@@ -323,9 +323,9 @@ class EvoLevit(EvolvingModel, LevitDistilled):
                 starts.append(first)
                 ratios.append(self.keep_ratio[i])
             bounds.append(len(tradeoff))
-        schedule, layerwise = self._build_schedules(tradeoff, starts, ratios)
+        schedules = self._build_schedules(tradeoff, starts, ratios)
         for stage, first, end in zip(self.stages, bounds, bounds[1:]):
-            stage.set_schedule(schedule.part(first, end), None if layerwise is None else layerwise.part(first, end))
+            stage.set_schedule(*(schedule.part(first, end) for schedule in schedules))
 
     @torch.jit.unused
     def _current_args(self) -> Dict[str, Any]:

@@ -1,7 +1,4 @@
-"""Any Vision Transformer of timm with slow-fast token evolution.
-
-Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390
-"""
+"""Any Vision Transformer of timm with slow-fast token evolution, https://arxiv.org/abs/2108.01390."""
 import copy
 import warnings
 from dataclasses import replace
@@ -148,11 +145,6 @@ def default_stages(depth: int, slow_tokens: str) -> Sequence[int]:
     return range(step // 2, depth * 4 // 5 + 1, step)
 
 
-def falling_ratios(keep_ratio: float, num_stages: int) -> Tuple[float, ...]:
-    """Geometric series of ratios whose geometric mean is `keep_ratio`, to three decimals."""
-    return tuple(max(round(keep_ratio ** (2 * (i + 1) / (num_stages + 1)), 3), 0.001) for i in range(num_stages))
-
-
 @torch.fx.wrap
 def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
     """Raise ValueError if there is a mask."""
@@ -238,7 +230,6 @@ class EvolvingVit(EvolvingModel):
             num_prefix_tokens=self.num_prefix_tokens,
             representative_token=check_flag('representative_token', representative_token),
         )
-        self.rope_per_block = getattr(self, 'rope_mixed', False)
         device = next(self.parameters()).device
         self._init_evolution(keep_ratio, len(self.stage_starts), slow_tokens, selection, device=device, **kwargs)
         self._truncate_to_depth()
@@ -246,8 +237,10 @@ class EvolvingVit(EvolvingModel):
     @torch.jit.unused
     def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
         ratios = super()._stage_ratios(keep_ratio, num_stages)
-        if self.slow_tokens == 'similarity' and is_number(keep_ratio) and ratios:
-            return falling_ratios(ratios[0], self.num_stages)[:num_stages]  # also where stages have been pruned
+        if self.slow_tokens == 'similarity' and is_number(keep_ratio):
+            # a geometric series whose geometric mean is `keep_ratio`, as built: stages may have been pruned since
+            exponents = [2 * (i + 1) / (self.num_stages + 1) for i in range(num_stages)]
+            ratios = tuple(max(round(r ** exponent, 3), 0.001) for r, exponent in zip(ratios, exponents))
         return ratios
 
     def _truncate_to_depth(self) -> None:
@@ -285,19 +278,14 @@ class EvolvingVit(EvolvingModel):
         super().set_grad_checkpointing(enable)
         self.blocks.grad_checkpointing = enable
 
-    def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
-        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> List[int]:
+        take_indices = super().prune_intermediate_layers(*args, **kwargs)
         self._truncate_to_depth()
         return take_indices
 
-    def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """Image (B, in_chans, H, W) to tokens (B, N, C) and rotary embedding, as `EvolutionState` takes it."""
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), None
+    def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, EvolutionState]:
+        """Image (B, in_chans, H, W) to tokens (B, N, C), and what goes through the blocks beside them."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), EvolutionState()
 
     def forward_features(
             self,
@@ -307,8 +295,8 @@ class EvolvingVit(EvolvingModel):
     ) -> torch.Tensor:
         """Image (B, in_chans, H, W) to tokens (B, N, C), the patch grid complete and in raster order."""
         check_no_mask(attn_mask, is_causal)
-        x, rope = self._embed(x)
-        return self.norm(self.blocks(x, EvolutionState(rope=rope, rope_per_block=self.rope_per_block)))
+        x, state = self._embed(x)
+        return self.norm(self.blocks(x, state))
 
     def forward_intermediates(
             self,
@@ -329,8 +317,8 @@ class EvolvingVit(EvolvingModel):
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
 
         height, width = x.shape[-2:]
-        x, rope = self._embed(x)
-        state = EvolutionState(take_indices=take_indices, rope=rope, rope_per_block=self.rope_per_block)
+        x, state = self._embed(x)
+        state.take_indices = take_indices
         if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
             x = self.blocks(x, state)
         else:
@@ -360,8 +348,7 @@ class EvolvingVit(EvolvingModel):
     @torch.jit.unused
     def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
         grid_size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-        x, rope = self._embed(x)
-        state = EvolutionState(rope=rope, rope_per_block=self.rope_per_block)
+        x, state = self._embed(x)
         self.blocks(x, state)
         return [(s, grid_size) for s in state.selections]
 
@@ -385,7 +372,7 @@ class EvolvedVisionTransformerDistilled(EvolvingVit, VisionTransformerDistilled)
 class EvolvedEva(EvolvingVit, Eva):
     """What `evolve` makes of an Eva: EVA-02, DINOv3, Perception Encoder and others with rotary embeddings."""
 
-    def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, EvolutionState]:
         x, rope = self._pos_embed(self.patch_embed(x))
         if rope is not None:
             n, d = rope.shape[-2:]
@@ -396,7 +383,7 @@ class EvolvedEva(EvolvingVit, Eva):
             prefix = [0, 0, self.num_prefix_tokens, 0]  # tokens that are not rotated
             sin, cos = rope.chunk(2, dim=-1)
             rope = torch.cat([F.pad(sin, prefix), F.pad(cos, prefix, value=1.)], dim=-1)
-        return self.norm_pre(x), rope
+        return self.norm_pre(x), EvolutionState(None, rope, self.rope_mixed)
 
     @torch.jit.unused
     def _norm_args(self) -> Dict[str, Any]:

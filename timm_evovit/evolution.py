@@ -9,6 +9,7 @@ others share one, the representative token, or wait. By similarity, like patches
 Everything here works on sequences of prefix tokens (class token first) followed by patch tokens in raster order and
 knows no model. Shapes use B images, N tokens of which P are prefix tokens, n = N - P patches, C channels.
 """
+import math
 from fractions import Fraction
 from functools import partial
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -71,9 +72,7 @@ class Schedule(NamedTuple):
 
     def part(self, start: int, stop: Optional[int] = None) -> 'Schedule':
         """The schedule of the blocks start .. stop - 1."""
-        return Schedule(
-            self.stage_keep_ratio[start:stop], self.matching_rounds[start:stop], self.nested[start:stop],
-            self.needs_class_attention[start:stop])
+        return Schedule._make(entries[start:stop] for entries in self)
 
 
 class StageState(NamedTuple):
@@ -95,21 +94,10 @@ class Selection(NamedTuple):
 class AttentionContext:
     """What a block tells its attention layer beside the tokens, and where that layer leaves its class attention."""
 
-    def __init__(
-            self,
-            bias: Optional[torch.Tensor] = None,
-            rope: Optional[torch.Tensor] = None,
-            needs_class_attn: bool = False,
-    ) -> None:
-        """
-        Args:
-            bias: Added to the scaled dot products with each key, (B, 1, 1, N).
-            rope: Sine and cosine of the rotary embedding of each token, (B or 1, heads or 1, N, d).
-            needs_class_attn: Whether class attention is wanted.
-        """
-        self.bias = bias
-        self.rope = rope
-        self.needs_class_attn = needs_class_attn
+    def __init__(self, bias: Optional[torch.Tensor], rope: Optional[torch.Tensor], needs_class_attn: bool) -> None:
+        self.bias = bias  # added to the scaled dot products with each key, (B, 1, 1, N)
+        self.rope = rope  # sine and cosine of the rotary embedding of each token, (B or 1, heads or 1, N, d)
+        self.needs_class_attn = needs_class_attn  # class attention is wanted
         self.class_attn = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, N)
 
 
@@ -122,25 +110,15 @@ class EvolutionState:
     def __init__(
             self,
             tradeoff: Optional[torch.Tensor] = None,
-            take_indices: Optional[List[int]] = None,
-            global_attn: Optional[torch.Tensor] = None,
             rope: Optional[torch.Tensor] = None,
             rope_per_block: bool = False,
     ) -> None:
-        """
-        Args:
-            tradeoff: Weights of the attention layers still to come in place of their fixed ones.
-            take_indices: Blocks after which the complete sequence is wanted, also in the middle of a stage.
-            global_attn: Global class attention (B, n), None where nothing later reads it.
-            rope: Sine and cosine of the rotary embedding of each token, (1 or blocks, B or 1, heads or 1, N, d).
-            rope_per_block: Whether each block has a rotary embedding of its own.
-        """
-        self.tradeoff = tradeoff
-        self.take_indices = take_indices if take_indices is not None else torch.jit.annotate(List[int], [])
-        self.global_attn = global_attn
-        self.rope = rope
-        self.rope_per_block = rope_per_block
-        self.intermediates = torch.jit.annotate(List[torch.Tensor], [])  # (B, N, C) each
+        self.tradeoff = tradeoff  # weights of the attention layers still to come in place of their fixed ones
+        self.rope = rope  # sine and cosine for each token, (1 or blocks, B or 1, heads or 1, N, d)
+        self.rope_per_block = rope_per_block  # each block has a rotary embedding of its own
+        self.global_attn = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, n) None where nothing later reads it
+        self.take_indices = torch.jit.annotate(List[int], [])  # blocks whose output is wanted, also inside a stage
+        self.intermediates = torch.jit.annotate(List[torch.Tensor], [])  # (B, N, C) each, complete
         self.selections = torch.jit.annotate(List[Selection], [])
 
 
@@ -169,12 +147,8 @@ def num_kept(num_patches: int, keep_ratio: Tuple[int, int]) -> int:
 
 def num_matching_rounds(before: float, after: float) -> int:
     """Rounds of matching that lead from one ratio of slow tokens to a lower one: each can join half of them."""
-    high, low = Fraction(*as_fraction(before)), Fraction(*as_fraction(after))
-    rounds = 0
-    while high > low:
-        high /= 2
-        rounds += 1
-    return rounds
+    ratio = Fraction(*as_fraction(before)) / Fraction(*as_fraction(after))
+    return (math.ceil(ratio) - 1).bit_length()  # the least number with 2 ** number >= ratio
 
 
 def at_least_float32(x: torch.Tensor) -> torch.dtype:
@@ -388,12 +362,7 @@ class Stages:
     """The evolution stages that go on at one point of a sequence of blocks; nested ones begin and end together."""
 
     def __init__(self, x: torch.Tensor, num_prefix_tokens: int, representative_token: bool) -> None:
-        """
-        Args:
-            x: Complete sequence (B, N, C).
-            num_prefix_tokens: Number of tokens in front of the patches, P.
-            representative_token: Update placeholders by a representative token.
-        """
+        """`x` is the complete sequence (B, N, C)."""
         self.num_prefix_tokens = num_prefix_tokens
         self.num_patches = x.shape[1] - num_prefix_tokens
         self.representative_token = representative_token
@@ -476,7 +445,7 @@ class EvolvingSequential(nn.Sequential):
     block's class attention in the global class attention.
     """
     schedule: Schedule
-    layerwise_schedule: Optional[Schedule]
+    training_schedule: Schedule
 
     def __init__(
             self,
@@ -493,13 +462,14 @@ class EvolvingSequential(nn.Sequential):
         self.num_prefix_tokens = num_prefix_tokens
         self.representative_token = representative_token
         self.grad_checkpointing = False
-        self.set_schedule(Schedule.build(self.tradeoff, (), ()))
+        dense = Schedule.build(self.tradeoff, (), ())
+        self.set_schedule(dense, dense)
 
     @torch.jit.unused
-    def set_schedule(self, schedule: Schedule, layerwise: Optional[Schedule] = None) -> None:
-        """Set the schedule, and the one that takes its place in training mode, if any."""
+    def set_schedule(self, schedule: Schedule, training_schedule: Schedule) -> None:
+        """Set the schedule, and the one of training mode."""
         self.schedule = schedule
-        self.layerwise_schedule = layerwise
+        self.training_schedule = training_schedule
 
     @torch.jit.unused
     def __getitem__(self, idx: Union[int, slice]) -> nn.Module:
@@ -516,8 +486,7 @@ class EvolvingSequential(nn.Sequential):
             num_prefix_tokens=self.num_prefix_tokens,
             representative_token=self.representative_token,
         )
-        layerwise = self.layerwise_schedule
-        part.set_schedule(self.schedule.part(0, stop), None if layerwise is None else layerwise.part(0, stop))
+        part.set_schedule(self.schedule.part(0, stop), self.training_schedule.part(0, stop))
         part.grad_checkpointing = self.grad_checkpointing
         part.training = self.training  # and not that of the blocks, each of which has its own
         return part
@@ -526,9 +495,7 @@ class EvolvingSequential(nn.Sequential):
         """Tokens (B, N, C) to tokens (B, N, C), complete and in raster order. `state` is updated."""
         if state is None:
             state = EvolutionState()
-        schedule, layerwise = self.schedule, self.layerwise_schedule
-        if self.training and layerwise is not None:
-            schedule = layerwise
+        schedule = self.training_schedule if self.training else self.schedule
         tradeoff, global_attn, rope = state.tradeoff, state.global_attn, state.rope
         stages = Stages(x, self.num_prefix_tokens, self.representative_token)
         bias: Optional[torch.Tensor] = None
