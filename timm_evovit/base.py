@@ -10,7 +10,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from .checkpoints import rename_authors
-from .evolution import Schedule, Selection
+from .evolution import Schedule
 
 NOT_MODEL_ARGS = (
     'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args',
@@ -74,6 +74,10 @@ class EvolvingModel(nn.Module):
     it is follows from the `training` flag and the epoch. Each call of `train()` counts as the start of an epoch, as in
     timm's scripts, in a buffer that is saved with the weights. A loop that calls it more or less often uses
     `set_epoch`. TorchScript keeps the epoch at which a model is scripted.
+
+    A model adds three methods. `_set_schedule` gives each sequence of blocks the schedules of `_build_schedules`,
+    `_current_args` returns the arguments that timm's own methods may have changed since construction, and
+    `forward_selections` the selections made in images (B, in_chans, H, W), each with the size of its grid.
     """
     epochs_started: Optional[torch.Tensor]
 
@@ -106,7 +110,6 @@ class EvolvingModel(nn.Module):
         self.register_buffer('epochs_started', epochs)
         self._update_schedule()
 
-    @torch.jit.unused
     def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
         """The ratio of each stage."""
         return check_ratios('keep_ratio', keep_ratio, num_stages, 'evolution stage')
@@ -122,11 +125,6 @@ class EvolvingModel(nn.Module):
         self.keep_ratio = self._stage_ratios(keep_ratio, len(self.keep_ratio))
         self._remember_args(keep_ratio=self.keep_ratio)
         self._set_schedule()
-
-    @torch.jit.unused
-    def _set_schedule(self) -> None:
-        """Give each sequence of blocks the schedules that `_build_schedules` lays out; the model's part."""
-        raise NotImplementedError
 
     @torch.jit.unused
     def _build_schedules(
@@ -202,12 +200,6 @@ class EvolvingModel(nn.Module):
         args = {**getattr(self, '_model_args', {}), **self._current_args()}
         return {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS and not k.endswith('_rate')}
 
-    @torch.jit.unused
-    def _current_args(self) -> Dict[str, Any]:
-        """Arguments that timm's own methods may have changed since construction; the model's part."""
-        return {}
-
-    @torch.jit.unused
     def _remember_args(self, **args: Any) -> None:
         """Record arguments in the attribute in which newer versions of timm record and look for them."""
         args = {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS}
@@ -234,12 +226,6 @@ class EvolvingModel(nn.Module):
             state_dict.setdefault(key, torch.zeros((), dtype=torch.int64) if count.is_meta else count)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._update_schedule()
-
-    @torch.jit.unused
-    def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
-        """Image (B, in_chans, H, W) to the token selections made in it, each with its grid size; the model's part."""
-        raise NotImplementedError
-
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:

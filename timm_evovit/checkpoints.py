@@ -9,8 +9,6 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-__all__ = ['deit_checkpoint_filter_fn', 'levit_checkpoint_filter_fn', 'rename_authors']
-
 _logger = logging.getLogger(__name__)
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.models import PretrainedCfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -71,8 +71,8 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
         super().__init__(*args, weight_init='skip', **kwargs)
 
         self._evolve_blocks(
-            keep_ratio, stages, slow_tokens, representative_token, tradeoff, selection,
-            assisted_cls=assisted_cls, layer_to_stage_epochs=layer_to_stage_epochs)
+            keep_ratio, stages, slow_tokens, representative_token, tradeoff,
+            selection=selection, assisted_cls=assisted_cls, layer_to_stage_epochs=layer_to_stage_epochs)
         self._reset_cls_head()
 
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
@@ -91,7 +91,6 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
             self.norm_cls = None
             self.head_cls = None
 
-    @torch.jit.unused
     def _current_args(self) -> Dict[str, Any]:
         return dict(super()._current_args(), patch_size=self.patch_embed.patch_size)
 
@@ -134,25 +133,18 @@ model_cfgs = dict(
 )
 
 
-def _create_evo_deit(
-        variant: str,
-        pretrained: bool = False,
-        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        **kwargs: Any,
-) -> EvoVisionTransformer:
+def _create_evo_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_weights(
-        variant, pretrained, pretrained_cfg, pretrained_cfg_overlay,
-        f'{variant}.fb_in1k, which is DeiT made faster without training')
+        variant, pretrained, kwargs, f'{variant}.fb_in1k, which is DeiT made faster without training')
     deit = default_cfgs[variant].cfgs.get('fb_in1k')
     if pretrained and (cfg.hf_hub_id or '').partition('@')[0] in _deit_weights and not (cfg.file or cfg.state_dict):
         kwargs.setdefault('global_pool', 'token')  # what DeiT's norm and head were trained for
     elif (deit is not None and cfg.tag == 'fb_in1k' and cfg.source is None and cfg.crop_pct == deit.crop_pct
-          and 'crop_pct' not in (pretrained_cfg_overlay or {})):
+          and 'crop_pct' not in overlay):
         cfg = replace(cfg, crop_pct=_cfg()['crop_pct'])  # not DeiT's weights after all: the paper's transform too
-    out_indices = kwargs.pop('out_indices', 3)
-    kwargs = {**model_cfgs[variant.split('_')[2]], **kwargs}
-    return build_model(EvoVisionTransformer, variant, pretrained, cfg, checkpoint_filter_fn, out_indices, **kwargs)
+    kwargs = {'out_indices': 3, **model_cfgs[variant.split('_')[2]], **kwargs}
+    return build_model(EvoVisionTransformer, variant, pretrained, cfg, checkpoint_filter_fn, **kwargs)
 
 
 _cfg = partial(evo_cfg, first_conv='patch_embed.proj', classifier=('head', 'head_cls'))

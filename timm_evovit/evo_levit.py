@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models import PretrainedCfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.levit import (
     Attention,
@@ -327,7 +327,6 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         for stage, first, end in zip(self.stages, bounds, bounds[1:]):
             stage.set_schedule(*(schedule.part(first, end) for schedule in schedules))
 
-    @torch.jit.unused
     def _current_args(self) -> Dict[str, Any]:
         return dict(img_size=self.img_size, in_chans=self.in_chans, global_pool=self.global_pool)
 
@@ -439,7 +438,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
 
     @torch.jit.unused
     def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
-        """As in the base class. Blocks are counted through the stages, without downsampling attentions."""
+        """As the base class says. Blocks are counted through the stages, without downsampling attentions."""
         found: List[Tuple[Selection, Tuple[int, int]]] = []
         first = 0
         x, state = self._embed(x)
@@ -472,22 +471,15 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         return logits.mean(dim=1)
 
 
-def _create_evo_levit(
-        variant: str,
-        pretrained: bool = False,
-        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        **kwargs: Any,
-) -> EvoLevit:
+def _create_evo_levit(variant: str, pretrained: bool = False, **kwargs: Any) -> EvoLevit:
     size = variant.removeprefix('evo_')  # timm's name of the model, at 384 pixels with another ending
     size = size if size in model_cfgs else size.removesuffix('_384')
     model_args = dict(model_cfgs[size], **({'drop_path_rate': 0.1} if size == 'levit_384' else {}))
     cfg = resolve_weights(
-        variant, pretrained, pretrained_cfg, pretrained_cfg_overlay,
+        variant, pretrained, kwargs,
         'there are none for Evo-LeViT, but for Evo-DeiT, such as evo_deit_small_patch16_224.fb_in1k')
-    out_indices = kwargs.pop('out_indices', (0, 1, 2))
-    kwargs = {**model_args, **kwargs}
-    return build_model(EvoLevit, variant, pretrained, cfg, checkpoint_filter_fn, out_indices, **kwargs)
+    kwargs = {'out_indices': (0, 1, 2), **model_args, **kwargs}
+    return build_model(EvoLevit, variant, pretrained, cfg, checkpoint_filter_fn, **kwargs)
 
 
 _cfg = partial(

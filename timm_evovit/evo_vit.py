@@ -199,7 +199,6 @@ class EvolvingVit(EvolvingModel):
             slow_tokens: str,
             representative_token: bool,
             tradeoff: Optional[Union[float, Sequence[float]]],
-            selection: str,
             **kwargs: Any,
     ) -> None:
         """Check the arguments and make the blocks of the dense model evolve."""
@@ -231,10 +230,9 @@ class EvolvingVit(EvolvingModel):
             representative_token=check_flag('representative_token', representative_token),
         )
         device = next(self.parameters()).device
-        self._init_evolution(keep_ratio, len(self.stage_starts), slow_tokens, selection, device=device, **kwargs)
+        self._init_evolution(keep_ratio, len(self.stage_starts), slow_tokens, device=device, **kwargs)
         self._truncate_to_depth()
 
-    @torch.jit.unused
     def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
         ratios = super()._stage_ratios(keep_ratio, num_stages)
         if self.slow_tokens == 'similarity' and is_number(keep_ratio):
@@ -254,12 +252,10 @@ class EvolvingVit(EvolvingModel):
     def _set_schedule(self) -> None:
         self.blocks.set_schedule(*self._build_schedules(self.blocks.tradeoff, self.stage_starts, self.keep_ratio))
 
-    @torch.jit.unused
     def _current_args(self) -> Dict[str, Any]:
         args = dict(img_size=self.patch_embed.img_size, in_chans=self.in_chans, global_pool=self.global_pool)
         return {**args, **self._norm_args()}
 
-    @torch.jit.unused
     def _norm_args(self) -> Dict[str, Any]:
         """Arguments that say where the norms are: reset_classifier changes the pooling and leaves them there."""
         fc_norm = not isinstance(self.fc_norm, nn.Identity)
@@ -385,7 +381,6 @@ class EvolvedEva(EvolvingVit, Eva):
             rope = torch.cat([F.pad(sin, prefix), F.pad(cos, prefix, value=1.)], dim=-1)
         return self.norm_pre(x), EvolutionState(None, rope, self.rope_mixed)
 
-    @torch.jit.unused
     def _norm_args(self) -> Dict[str, Any]:
         fc_norm, norm = (not isinstance(m, nn.Identity) for m in (self.fc_norm, self.norm))
         if (fc_norm, norm) == (self.global_pool == 'avg', self.global_pool != 'avg'):

@@ -1,15 +1,13 @@
 """Where weights come from."""
 import os
 from dataclasses import replace
-from typing import Any, Callable, Dict, Optional, Type, Union
+from typing import Any, Callable, Dict, Type
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 from torch import nn
 
 from .base import EvolvingModel
-
-__all__ = ['DRIVE_FILE', 'HUB_VARIABLE', 'PUBLISHED', 'build_model', 'evo_cfg', 'published_cfg', 'resolve_weights']
 
 HUB_VARIABLE = 'TIMM_EVOVIT_HUB'
 DRIVE_FILE = 'https://drive.google.com/file/d/{}/view'
@@ -56,19 +54,16 @@ def published_cfg(name: str) -> Dict[str, Any]:
     )
 
 
-def resolve_weights(
-        variant: str,
-        pretrained: bool,
-        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]],
-        pretrained_cfg_overlay: Optional[Dict[str, Any]],
-        fallback_hint: str,
-) -> PretrainedCfg:
+def resolve_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any], fallback_hint: str) -> PretrainedCfg:
     """The configuration that a model is built with and its weights are loaded by.
+
+    `pretrained_cfg` and `pretrained_cfg_overlay` are taken out of `kwargs`.
 
     Raises:
         RuntimeError: No weights are configured. The message names those of `fallback_hint`.
     """
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    cfg = resolve_pretrained_cfg(
+        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
     if cfg.url and cfg.source is None:
         cfg = replace(cfg, hf_hub_id=None)  # no tag has a url, so this one was handed over; timm would prefer the Hub
     if pretrained and cfg.tag == 'evovit_in1k' and not (cfg.has_weights or cfg.state_dict):

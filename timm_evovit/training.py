@@ -1,19 +1,17 @@
-"""What exists only while training: the assisted CLS token loss.
+"""Assisted CLS token loss (paper section of that name), which exists only while training.
 
-Assisted CLS token loss (paper section of that name): the paper trains with the mean of two losses, one for the
-averaged-patch head and one for the class token head, L = (1 / B) sum_i [l(a_i, y_i) + l(c_i, y_i)] / 2. A training
-script that knows one tensor of logits computes (1 / B) sum_i l(z_i, y_i). With z_i drawn from a_i and c_i, each with
-probability 1 / 2 and independent of i and y_i, the expected gradient is that of L for every criterion that averages
-over samples. The draw is half and half within a batch, which lowers the variance and keeps the probability of each
-sample. The mean of both logits would not do: its cross entropy is that of L less the Bhattacharyya distance between the
-predictions of the heads, which rewards the heads for disagreeing.
+The paper trains with the mean of two losses, one for the averaged-patch head and one for the class token head,
+L = (1 / B) sum_i [l(a_i, y_i) + l(c_i, y_i)] / 2. A training script that knows one tensor of logits computes
+(1 / B) sum_i l(z_i, y_i). With z_i drawn from a_i and c_i, each with probability 1 / 2 and independent of i and y_i,
+the expected gradient is that of L for every criterion that averages over samples. The draw is half and half within a
+batch, which lowers the variance and keeps the probability of each sample. The mean of both logits would not do: its
+cross entropy is that of L less the Bhattacharyya distance between the predictions of the heads, which rewards the heads
+for disagreeing.
 """
 from typing import Tuple, Union
 
 import torch
 from torch import nn
-
-__all__ = ['AssistedLoss', 'mix_heads', 'stack_heads']
 
 
 @torch.fx.wrap
@@ -56,13 +54,12 @@ class AssistedLoss(nn.Module):
 
     For a model with `set_assisted_training(True)`, in a training loop of one's own or with timm's
     `ClassificationTask(model, AssistedLoss(criterion))`.
+
+    Args:
+        criterion: Loss of one tensor of logits and a target.
     """
 
     def __init__(self, criterion: nn.Module) -> None:
-        """
-        Args:
-            criterion: Loss of one tensor of logits and a target.
-        """
         super().__init__()
         self.criterion = criterion
 
