@@ -89,7 +89,6 @@ class EvolvingModel(nn.Module):
             selection: str = 'stage',
             assisted_cls: bool = False,
             layer_to_stage_epochs: int = 0,
-            device: Any = None,
     ) -> None:
         """Check and keep the arguments. The blocks must be there."""
         check_slow_tokens(slow_tokens, selection=selection, layer_to_stage_epochs=layer_to_stage_epochs)
@@ -106,6 +105,7 @@ class EvolvingModel(nn.Module):
             f"'stage', which layer_to_stage_epochs={layer_to_stage_epochs} leads to", selection)
         self._count_epochs = True
         # without the schedule there is no buffer: the state dict is the same as that of a model without this feature
+        device = next(self.parameters()).device
         epochs = torch.zeros((), dtype=torch.int64, device=device) if layer_to_stage_epochs else None
         self.register_buffer('epochs_started', epochs)
         self._update_schedule()

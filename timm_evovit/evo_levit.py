@@ -9,19 +9,8 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, levit, register_model
 from timm.models._features import feature_take_indices
-from timm.models.levit import (
-    Attention,
-    AttentionDownsample,
-    LevitBlock,
-    LevitDistilled,
-    LevitDownsample,
-    LevitMlp,
-    LevitStage,
-    NormLinear,
-    model_cfgs,
-)
 from torch import _assert, nn
 
 from . import evolution, training  # FX finds wrapped functions as attributes of their module
@@ -59,7 +48,7 @@ def attend(
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2), scores
 
 
-class EvoLevitAttention(Attention):
+class EvoLevitAttention(levit.Attention):
     """LeViT's attention without attention biases, which can also write class attention."""
 
     def reset_parameters(self) -> None:
@@ -76,7 +65,7 @@ class EvoLevitAttention(Attention):
         return self.proj(x)
 
 
-class EvoLevitBlock(LevitBlock):
+class EvoLevitBlock(levit.LevitBlock):
     """Residual attention and residual MLP, which can also write the class attention of its attention layer."""
 
     def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
@@ -85,7 +74,7 @@ class EvoLevitBlock(LevitBlock):
         return x + self.drop_path2(self.mlp(x))
 
 
-class EvoLevitAttentionDownsample(AttentionDownsample):
+class EvoLevitAttentionDownsample(levit.AttentionDownsample):
     """Attention from the class token and every second patch to all tokens, which adds its own position embedding."""
 
     def reset_parameters(self) -> None:
@@ -123,7 +112,7 @@ class EvoLevitAttentionDownsample(AttentionDownsample):
         return self.proj(x)
 
 
-class EvoLevitDownsample(LevitDownsample):
+class EvoLevitDownsample(levit.LevitDownsample):
     """Downsampling attention and a residual MLP."""
 
     def forward(self, x: torch.Tensor, state: EvolutionState) -> torch.Tensor:
@@ -131,13 +120,13 @@ class EvoLevitDownsample(LevitDownsample):
         return x + self.drop_path(self.mlp(x))
 
 
-class EvoLevitStage(LevitStage):
+class EvoLevitStage(levit.LevitStage):
     """A downsampling attention, except in the first stage, and blocks that evolve slow and fast tokens."""
 
     @classmethod
     def build(
             cls,
-            stage: LevitStage,
+            stage: levit.LevitStage,
             in_grid_size: Tuple[int, int],
             grid_size: Tuple[int, int],
             tradeoff: float,
@@ -146,7 +135,7 @@ class EvoLevitStage(LevitStage):
         """Make a stage of timm's LeViT evolve. Grids are (H, W), before it and of its blocks."""
         stage = recast(stage, cls)
         stage.grid_size = grid_size
-        if isinstance(stage.downsample, LevitDownsample):
+        if isinstance(stage.downsample, levit.LevitDownsample):
             stage.downsample = recast(stage.downsample, EvoLevitDownsample)
             attn = recast(stage.downsample.attn_downsample, EvoLevitAttentionDownsample)
             stage.downsample.attn_downsample = attn
@@ -164,7 +153,7 @@ class EvoLevitStage(LevitStage):
         stage.blocks = EvolvingSequential(
             *blocks, tradeoff=[tradeoff] * len(blocks), representative_token=representative_token)
         for module in stage.modules():
-            if isinstance(module, (Attention, AttentionDownsample)):
+            if isinstance(module, (levit.Attention, levit.AttentionDownsample)):
                 del module.attention_biases, module.attention_bias_idxs
         return stage
 
@@ -213,7 +202,7 @@ def grid_sizes(img_size: Tuple[int, int], reductions: List[int]) -> List[Any]:
     return grids
 
 
-class EvoLevit(EvolvingModel, LevitDistilled):
+class EvoLevit(EvolvingModel, levit.LevitDistilled):
     """LeViT with slow-fast token evolution.
 
     A class token and position embeddings take the place of attention biases. Class attention selects the patches that
@@ -249,8 +238,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
                 one scalar per attention. By similarity the scalars are there, so that weights fit, but not used.
             slow_tokens, selection, assisted_cls, layer_to_stage_epochs: As in `EvoVisionTransformer`, but each stage
                 groups the patches of its own grid. In the layer-wise epochs the tradeoff is 0.5 and not learned.
-            representative_token: Update placeholders by a representative token, or leave them as they are until the
-                stage ends. Default: True where class attention finds slow tokens.
+            representative_token: As in `EvoVisionTransformer`. Default: True where class attention finds slow tokens.
             **kwargs: Arguments of timm's Levit; of these use_conv and stem_backbone are not supported.
 
         Raises:
@@ -261,17 +249,16 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         if representative_token is None:
             representative_token = slow_tokens == 'attention'
         check_flag('representative_token', representative_token)
-        fixed_tradeoff = 0.5
-        if tradeoff != 'learned':
-            check(not isinstance(tradeoff, str), 'tradeoff', "'learned' or a number in [0, 1]", tradeoff)
-            fixed_tradeoff, = check_ratios('tradeoff', tradeoff, 1, 'model', zero=True)
 
         super().__init__(img_size, in_chans, num_classes, embed_dim, key_dim, depth, **kwargs)
         self.img_size = to_2tuple(img_size)
-        self.fixed_tradeoff = fixed_tradeoff
+        self.fixed_tradeoff = 0.5
+        if tradeoff != 'learned':
+            check(not isinstance(tradeoff, str), 'tradeoff', "'learned' or a number in [0, 1]", tradeoff)
+            self.fixed_tradeoff, = check_ratios('tradeoff', tradeoff, 1, 'model', zero=True)
         grids = grid_sizes(self.img_size, [info['reduction'] for info in self.feature_info])
         self.stages: Any = nn.ModuleList([
-            EvoLevitStage.build(stage, grids[max(i - 1, 0)], grids[i], fixed_tradeoff, representative_token)
+            EvoLevitStage.build(stage, grids[max(i - 1, 0)], grids[i], self.fixed_tradeoff, representative_token)
             for i, stage in enumerate(self.stages)
         ])
         dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
@@ -282,7 +269,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         self.reset_parameters()
 
         self._init_evolution(
-            keep_ratio, len(self.stages), slow_tokens, selection, assisted_cls, layer_to_stage_epochs, dd['device'])
+            keep_ratio, len(self.stages), slow_tokens, selection, assisted_cls, layer_to_stage_epochs)
         self._reset_heads()
 
     def reset_parameters(self) -> None:
@@ -297,12 +284,12 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         if not needs_reset:
             return
         # children come first: what reset_parameters of a linear or a norm layer has undone is done here again
-        if isinstance(m, NormLinear):
+        if isinstance(m, levit.NormLinear):
             trunc_normal_(m.linear.weight, std=.02)
             nn.init.zeros_(m.linear.bias)
         elif isinstance(m, EvoLevitAttention):
             nn.init.zeros_(m.proj.ln.bn.weight)
-        elif isinstance(m, LevitMlp):
+        elif isinstance(m, levit.LevitMlp):
             nn.init.zeros_(m.ln2.bn.weight)
 
     @torch.jit.unused
@@ -366,7 +353,7 @@ class EvoLevit(EvolvingModel, LevitDistilled):
         for name in ('head', 'head_dist', 'head_cls', 'head_cls_dist'):
             head: Optional[nn.Module] = None if name.startswith('head_cls') else nn.Identity()
             if assisted or (head is not None and self.num_classes > 0):
-                head = NormLinear(
+                head = levit.NormLinear(
                     self.num_features, self.num_classes, drop=self.drop_rate, device=self.cls_token.device,
                     dtype=self.cls_token.dtype).train(self.training)
             setattr(self, name, head)
@@ -473,8 +460,8 @@ class EvoLevit(EvolvingModel, LevitDistilled):
 
 def _create_evo_levit(variant: str, pretrained: bool = False, **kwargs: Any) -> EvoLevit:
     size = variant.removeprefix('evo_')  # timm's name of the model, at 384 pixels with another ending
-    size = size if size in model_cfgs else size.removesuffix('_384')
-    model_args = dict(model_cfgs[size], **({'drop_path_rate': 0.1} if size == 'levit_384' else {}))
+    size = size if size in levit.model_cfgs else size.removesuffix('_384')
+    model_args = dict(levit.model_cfgs[size], **({'drop_path_rate': 0.1} if size == 'levit_384' else {}))
     cfg = resolve_weights(
         variant, pretrained, kwargs,
         'there are none for Evo-LeViT, but for Evo-DeiT, such as evo_deit_small_patch16_224.fb_in1k')

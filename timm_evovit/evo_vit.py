@@ -50,9 +50,6 @@ class EvolvingAttention(nn.Module):
     def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
         """Tokens (B, N, C), the class token first; `context` receives class attention (B, N) over all of them."""
         B, N, _ = x.shape
-        gate: Optional[torch.Tensor] = None
-        if self.gate is not None:
-            gate = self.gate(x).sigmoid()
         q, k, v = self.project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         bias: Optional[torch.Tensor] = None
@@ -69,17 +66,17 @@ class EvolvingAttention(nn.Module):
             scores = (k @ q[:, :, :1].transpose(-2, -1)).squeeze(-1) * self.scale
             context.class_attn = evolution.class_attention(scores)
         if self.fused_attn:
-            x = F.scaled_dot_product_attention(
+            out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0.)
         else:
             scores = q * self.scale @ k.transpose(-2, -1)
             if bias is not None:
                 scores = scores + bias
-            x = self.attn_drop(scores.softmax(dim=-1)) @ v
-        x = self.norm(x.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim))
-        if gate is not None:
-            x = x * gate
-        return self.proj_drop(self.proj(x))
+            out = self.attn_drop(scores.softmax(dim=-1)) @ v
+        out = self.norm(out.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
 
 
 class EvoAttention(EvolvingAttention, Attention):
@@ -108,14 +105,11 @@ class EvoEvaBlock(EvaBlock):
 
     def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
         """Tokens (B, N, C), the class token first."""
-        update = self.attn(self.norm1(x), context)
-        if self.gamma_1 is not None:
-            update = self.gamma_1 * update
-        x = x + self.drop_path1(update)
-        update = self.mlp(self.norm2(x))
-        if self.gamma_2 is not None:
-            update = self.gamma_2 * update
-        return x + self.drop_path2(update)
+        if self.gamma_1 is None or self.gamma_2 is None:
+            x = x + self.drop_path1(self.attn(self.norm1(x), context))
+            return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.gamma_1 * self.attn(self.norm1(x), context))
+        return x + self.drop_path2(self.gamma_2 * self.mlp(self.norm2(x)))
 
 
 class EvoResPostBlock(ResPostBlock):
@@ -220,7 +214,7 @@ class EvolvingVit(EvolvingModel):
         self.stage_starts: Tuple[int, ...] = tuple(starts)
         self.num_stages = len(starts)
         if tradeoff is None:
-            first = self.stage_starts[0] if self.stage_starts else depth
+            first = min(self.stage_starts, default=depth)
             tradeoff = (1.,) * first + (0.5,) * (depth - first)
         weights = check_ratios('tradeoff', tradeoff, depth, 'block', zero=True)
         self.blocks: Any = EvolvingSequential(
@@ -229,8 +223,7 @@ class EvolvingVit(EvolvingModel):
             num_prefix_tokens=self.num_prefix_tokens,
             representative_token=check_flag('representative_token', representative_token),
         )
-        device = next(self.parameters()).device
-        self._init_evolution(keep_ratio, len(self.stage_starts), slow_tokens, device=device, **kwargs)
+        self._init_evolution(keep_ratio, self.num_stages, slow_tokens, **kwargs)
         self._truncate_to_depth()
 
     def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
@@ -419,8 +412,7 @@ def evolve(
         keep_ratio, stages, slow_tokens, tradeoff, selection, layer_to_stage_epochs: As in `EvoVisionTransformer`. By
             similarity, one keep ratio is the geometric mean of a series that falls from stage to stage, to three
             decimals.
-        representative_token: Update placeholders by a representative token, or leave them until the stage ends.
-            Default: True where class attention finds slow tokens.
+        representative_token: As in `EvoVisionTransformer`. Default: True where class attention finds slow tokens.
 
     Raises:
         TypeError: The model, its blocks or its attention are of a kind that cannot evolve, or an argument is of the

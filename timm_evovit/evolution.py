@@ -367,7 +367,7 @@ class Stages:
         self.num_patches = x.shape[1] - num_prefix_tokens
         self.representative_token = representative_token
         self.states = torch.jit.annotate(List[StageState], [])  # the outermost first
-        self.selection = torch.jit.annotate(Optional[Selection], None)
+        self.selections = torch.jit.annotate(List[Selection], [])  # the last one counts
         self.slow_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, N) where each token belongs by now
         self.keep_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, K) raster indices of informative patches
         self.sizes = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, P + M) number of patches of each token
@@ -382,7 +382,7 @@ class Stages:
         self.keep_idx = keep_idx
         self.slow_idx = stage.slow_idx
         group_idx = stage.slow_idx[:, self.num_prefix_tokens:] - self.num_prefix_tokens
-        self.selection = Selection(block, group_idx, num_kept(self.num_patches, keep_ratio), global_attn)
+        self.selections.append(Selection(block, group_idx, num_kept(self.num_patches, keep_ratio), global_attn))
         return stage.slow, kept_attn
 
     def begin_by_similarity(
@@ -399,7 +399,7 @@ class Stages:
             if before is not None:
                 slow_idx = slow_idx.gather(1, before)
             self.slow_idx = slow_idx
-            self.selection = Selection(block, slow_idx[:, P:] - P, num_groups, None)
+            self.selections.append(Selection(block, slow_idx[:, P:] - P, num_groups, None))
             x = stage.slow
         return x
 
@@ -411,10 +411,10 @@ class Stages:
 
     def merge_attn(self, global_attn: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
         """Global class attention (B, K) of informative patches to (B, n): placeholders keep what they had."""
-        selection, keep_idx = self.selection, self.keep_idx
-        if global_attn is None or selection is None or keep_idx is None:
+        keep_idx = self.keep_idx
+        if global_attn is None or keep_idx is None:
             return global_attn
-        attn_before = selection.global_attn
+        attn_before = self.selections[-1].global_attn
         assert attn_before is not None
         return attn_before.scatter(1, keep_idx, global_attn)
 
@@ -429,10 +429,10 @@ class Stages:
 
     def divide_rope(self, rope: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of the complete sequence, (B or 1, heads or 1, N, d), to that of the slow tokens."""
-        slow_idx, selection = self.slow_idx, self.selection
-        if slow_idx is None or selection is None:
+        slow_idx = self.slow_idx
+        if slow_idx is None:
             return rope
-        num_slow = self.num_prefix_tokens + selection.num_groups
+        num_slow = self.num_prefix_tokens + self.selections[-1].num_groups
         return group_rope(rope, slow_idx, num_slow, self.representative_token and self.keep_idx is not None)
 
 
@@ -513,9 +513,7 @@ class EvolvingSequential(nn.Sequential):
                     else:
                         assert global_attn is not None, 'tokens cannot be selected before any class attention is known'
                         x, global_attn = stages.begin_by_attention(i, x, keep_ratio, global_attn)
-                    selection = stages.selection
-                    assert selection is not None
-                    state.selections.append(selection)
+                    state.selections.append(stages.selections[-1])
                 bias = stages.attention_bias(x)
             if not schedule.needs_class_attention[i]:
                 global_attn = None

@@ -86,14 +86,8 @@ def build_model(
 ) -> nn.Module:
     """timm's `build_model_with_cfg`, with feature extraction by `forward_intermediates` and the arguments recorded."""
     model = build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+        model_cls, variant, pretrained, pretrained_cfg=pretrained_cfg, pretrained_filter_fn=filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
     if isinstance(model, EvolvingModel):
         model._remember_args(**kwargs)
     return model

@@ -16,17 +16,11 @@ from torch import nn
 
 @torch.fx.wrap
 def mix_heads(logits: torch.Tensor, logits_cls: torch.Tensor) -> torch.Tensor:
-    """Answer a random half of the samples by the one head and the rest by the other.
+    """Logits (B, ..., num_classes) of the averaged-patch head and of the class token head to logits of the same shape.
 
-    Half and half for an even batch. In an odd one either head gets the extra sample with probability 1 / 2. A head that
-    does not fit, because the user has replaced the other one, is left out.
-
-    Args:
-        logits: Logits (B, ..., num_classes) of the averaged-patch head.
-        logits_cls: Logits of the class token head, of the same shape.
-
-    Returns:
-        Logits of the same shape.
+    A random half of the samples is answered by the one head and the rest by the other. In an odd batch either head gets
+    the extra sample with probability 1 / 2. A head that does not fit, because the user has replaced the other one, is
+    left out.
     """
     if logits.shape != logits_cls.shape:
         return logits + 0. * logits_cls.sum()  # a gradient, of zero: DistributedDataParallel expects one
