@@ -104,8 +104,8 @@ class EvolvingModel(nn.Module):
             not layer_to_stage_epochs or selection == 'stage', 'selection',
             f"'stage', which layer_to_stage_epochs={layer_to_stage_epochs} leads to", selection)
         self._count_epochs = True
-        # without the schedule there is no buffer: the state dict is the same as that of a model without this feature
         device = next(self.parameters()).device
+        # without the schedule there is no buffer: the state dict is the same as that of a model without this feature
         epochs = torch.zeros((), dtype=torch.int64, device=device) if layer_to_stage_epochs else None
         self.register_buffer('epochs_started', epochs)
         self._update_schedule()
@@ -226,6 +226,7 @@ class EvolvingModel(nn.Module):
             state_dict.setdefault(key, torch.zeros((), dtype=torch.int64) if count.is_meta else count)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._update_schedule()
+
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
