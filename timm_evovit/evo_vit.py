@@ -105,11 +105,14 @@ class EvoEvaBlock(EvaBlock):
 
     def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
         """Tokens (B, N, C), the class token first."""
-        if self.gamma_1 is None or self.gamma_2 is None:
-            x = x + self.drop_path1(self.attn(self.norm1(x), context))
-            return x + self.drop_path2(self.mlp(self.norm2(x)))
-        x = x + self.drop_path1(self.gamma_1 * self.attn(self.norm1(x), context))
-        return x + self.drop_path2(self.gamma_2 * self.mlp(self.norm2(x)))
+        update = self.attn(self.norm1(x), context)
+        if self.gamma_1 is not None:
+            update = self.gamma_1 * update
+        x = x + self.drop_path1(update)
+        update = self.mlp(self.norm2(x))
+        if self.gamma_2 is not None:
+            update = self.gamma_2 * update
+        return x + self.drop_path2(update)
 
 
 class EvoResPostBlock(ResPostBlock):
