@@ -34,7 +34,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from PIL import Image
 
-from timm_evovit.tools import sweep_report as tools
+from timm_evovit.tools import sweep_report
 
 matplotlib.use('Agg')
 ROOT = Path(__file__).parent.parent
@@ -263,20 +263,20 @@ def refused_table(rows: List[Row]) -> str:
         [f'`{name}`', reason.rstrip('.')] for r in rows for name, reason in r['refused'].items()])
 
 
-def sweep_report(rows: List[Row]) -> Dict[str, Any]:
+def sweep_contents(rows: List[Row]) -> Dict[str, Any]:
     """The contents of sweep.json again."""
     return {**rows[0]['of'], 'rows': [{key: value for key, value in row.items() if key != 'of'} for row in rows]}
 
 
 def sweep_table(rows: List[Row]) -> str:
     """What `timm-evovit sweep` has printed."""
-    report = sweep_report(rows)
-    return f"```text\n{tools.table(report['rows'])}\n\n{tools.describe(report)}\n```"
+    report = sweep_contents(rows)
+    return f"```text\n{sweep_report.table(report['rows'])}\n\n{sweep_report.describe(report)}\n```"
 
 
 def sweep_plot(rows: List[Row]) -> plt.Figure:
     """Top-1 of each keep ratio against images per second."""
-    return tools.plot(sweep_report(rows))
+    return sweep_report.plot(sweep_contents(rows))
 
 
 def speed_plot(rows: List[Row]) -> plt.Figure:

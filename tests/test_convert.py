@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import sys
+import types
 from importlib.metadata import entry_points
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -348,6 +349,13 @@ def test_download_fails(deit, drive, run):
     drive.drive[file_id] = deit[1].read_bytes()[:1000]
     status, out = run('evo_deit_tiny')
     assert status == 1 and 'damaged or incomplete' in out and 'remove it' in out
+
+
+def test_download_by_an_old_gdown_fails(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'gdown', types.SimpleNamespace(download=lambda **kwargs: None))
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    status, out = run('evo_deit_tiny')
+    assert status == 1 and 'gdown returned no file' in out and 'in a browser' in out
 
 
 def test_without_a_published_file_or_gdown(run, tmp_path, monkeypatch):

@@ -438,8 +438,10 @@ def test_bad_input(command, digits, tmp_path, monkeypatch, args, message):
     assert not (tmp_path / 'new').exists() and (tmp_path / 'map.txt').is_file()
 
 
-@pytest.mark.parametrize('name, message', [('resnet10t', 'got ResNet'), ('no_such_model', 'no_such_model')])
-def test_models_that_do_not_evolve(digits, tmp_path, capsys, name, message):
+@pytest.mark.parametrize('name, message', [
+    ('resnet10t', 'got ResNet'), ('no_such_model', 'no_such_model'),
+    ('vit_small_patch14_dinov2', 'num_classes must be 1 or more, got 0')])
+def test_models_that_are_not_measured(digits, tmp_path, capsys, name, message):
     assert main(['sweep', name, '--data-dir', str(digits), '--output', str(tmp_path / 'out')]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
 

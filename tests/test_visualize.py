@@ -209,13 +209,15 @@ def run(tmp_path, capsys):
 
 def test_command(photos, run, checkpoint, tmp_path):
     model, path = checkpoint
-    ramp(60, 40).save(photos / 'deep' / 'b.png')
-    images = (photos, photos / 'deep' / 'b.png')
+    (tmp_path / 'other').mkdir()
+    images = (photos, photos / 'deep' / 'b.png', tmp_path / 'other' / 'b.png')
+    for image in images[1:]:
+        ramp(60, 40).save(image)
     status, drawn, _ = run(images, '--model', 'evo_deit_tiny', '--checkpoint', path, '--sheet', *TINY)
-    assert status == 0 and drawn == ['a.png', 'b-2.png', 'b.png', 'c.png', 'sheet.png']
+    assert status == 0 and drawn == ['a.png', 'b-2.png', 'b-3.png', 'b.png', 'c.png', 'sheet.png']
     (_, expected), = visualize(model, [photos / 'b.png'])
     assert np.array_equal(Image.open(tmp_path / 'out' / 'b.png'), expected)
-    assert Image.open(tmp_path / 'out' / 'sheet.png').height == 4 * expected.height
+    assert Image.open(tmp_path / 'out' / 'sheet.png').height == 5 * expected.height
 
 
 @pytest.mark.parametrize('name', ['evo_deit_tiny', 'local-dir'])

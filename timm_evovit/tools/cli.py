@@ -58,9 +58,10 @@ def _visualize(args: argparse.Namespace) -> int:
         if isinstance(drawing, Exception):
             tqdm.write(f'timm-evovit: {path} is skipped: {drawing}', file=sys.stderr)
             continue
-        name = path.stem
+        name, count = path.stem, 1
         while name in names:  # images of the same name in several folders
-            name += '-2'
+            count += 1
+            name = f'{path.stem}-{count}'
         names.add(name)
         drawing.save(args.output / f'{name}.png')
         if args.sheet:
@@ -106,6 +107,7 @@ def _sweep(args: argparse.Namespace) -> int:
     existing = next(path for path in (args.output, *args.output.parents) if path.exists())
     check(existing.is_dir() and os.access(existing, os.W_OK), '--output', 'a folder to write to', str(args.output))
     dense, kwargs = _create(args)
+    check(dense.num_classes > 0, 'num_classes', '1 or more', dense.num_classes)
     dense.eval()
     evolves = hasattr(dense, 'set_keep_ratio')
     model = dense if evolves else evolve(dense)

@@ -86,7 +86,8 @@ def _download(name: str) -> Path:
     try:
         import gdown
         # public files need no cookies, and gdown would store them in the home folder
-        gdown.download(id=file_id, output=str(path), resume=True, use_cookies=False)
+        if gdown.download(id=file_id, output=str(path), resume=True, use_cookies=False) is None:
+            raise RuntimeError('gdown returned no file')  # gdown before version 6 prints the reason
     except Exception as e:
         raise RuntimeError(
             f'{path} was not downloaded: {e}\nThe download needs gdown (pip install gdown), the next try goes on. Or '
