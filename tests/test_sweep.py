@@ -1,4 +1,5 @@
 """The command timm-evovit sweep: its figures, the data it takes, what it recommends, and how it fails."""
+import ast
 import functools
 import json
 import math
@@ -345,10 +346,20 @@ def test_a_folder_of_timm(digits, tmp_path, prefer, capsys):
     timm.models.save_for_hf(model, tmp_path / 'model', model_args=MODELS['vit_tiny_patch16_224'], safe_serialization=True)
     assert main(['sweep', f'local-dir:{tmp_path / "model"}', '--pretrained', '--data-dir', str(digits), '--output',
                  str(tmp_path / 'out'), '--rounds', '1', '-j', '0', '--keep-ratio', '0.5']) == 0
+    result = json.loads((tmp_path / 'out' / 'sweep.json').read_text())
     scope = {'timm': timm}
-    exec(json.loads((tmp_path / 'out' / 'sweep.json').read_text())['python'], scope)
+    exec(result['python'], scope)
+    words = shlex.split(result['arguments'])
+    assert words[:4] == ['--model', 'evo_vit', '--pretrained', '--model-kwargs']
+    kwargs = {}
+    for key, value in (word.split('=') for word in words[4:]):  # as the scripts of timm 1.0.25 read them
+        try:
+            kwargs[key] = ast.literal_eval(value)
+        except ValueError:
+            kwargs[key] = value
     x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(scope['model'].eval()(x), evolve(model, 0.5)(x))
+    for again in (scope['model'], timm.create_model('evo_vit', pretrained=True, **kwargs)):
+        assert torch.equal(again.eval()(x), evolve(model, 0.5)(x))
 
 
 @pytest.mark.parametrize('use_ema', [False, True])

@@ -101,6 +101,9 @@ def how_to_use(report: Dict[str, Any], name: str, kwargs: Dict[str, Any], data: 
     options.update((f'--{k.replace("_", "-")}', v) for k, v in data.items())
     for flag, value in options.items():
         arguments += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    if others := [f'{k}={v}' for k, v in kwargs.items() if k not in FLAGS]:
-        arguments += ['--model-kwargs', *others]
+    # scripts of timm 1.0.25 take names as they are, but other strings, such as local-dir:FOLDER, in quotes only
+    names = {k for k, v in kwargs.items() if not isinstance(v, str) or v.replace('.', '_').isidentifier()}
+    words = [f'{k}={v if k in names else json.dumps(v)}' for k, v in kwargs.items() if k not in FLAGS]
+    if words:
+        arguments += ['--model-kwargs', *words]
     return code, shlex.join(arguments)
