@@ -39,14 +39,13 @@ MODELS = {  # dense model, Evo-ViT model, arguments that make both small, epochs
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--model', default='evo_deit', choices=sorted(MODELS))
 parser.add_argument('--epochs', type=int, help='default: 30 for evo_deit, 15 for evo_levit')
-parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
 parser.add_argument('--output', type=Path, default=Path('output/quickstart'))
 
 
 def write_digits(root):
     """Write 1797 digits of 8 x 8 pixels to root/{train,validation}/{0..9}/*.png, 80 % of each class for training."""
     digits = load_digits()
-    parts = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
+    parts = train_test_split(range(1797), test_size=0.2, stratify=digits.target, random_state=0)
     for split, indices in zip(('train', 'validation'), parts):
         for i in indices:
             path = root / split / str(digits.target[i]) / f'{i:04d}.png'
@@ -54,74 +53,65 @@ def write_digits(root):
             Image.fromarray((digits.images[i] * (255 / 16)).astype(np.uint8)).save(path)
 
 
-def seconds(function, device):
+def seconds(function, *args):
     start = time.perf_counter()
-    function()
-    if device.startswith('cuda'):
-        torch.cuda.synchronize()
+    function(*args)
     return time.perf_counter() - start
 
 
 def main():
     args = parser.parse_args()
-    *names, model_args, epochs = MODELS[args.model]
-    dense, evo = names
+    dense, evo, model_args, epochs = MODELS[args.model]
     epochs = args.epochs or epochs
-    size = (3, model_args['img_size'], model_args['img_size'])
-    norm = dict(mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+    cfg = dict(input_size=(3, model_args['img_size'], model_args['img_size']), mean=(0.5,) * 3, std=(0.5,) * 3,
+               crop_pct=1.0, interpolation='bicubic')
+    digits = args.output / 'digits'
+    write_digits(digits)
+    train, validation = (create_loader(
+        create_dataset('', root=digits, split=split), batch_size=64, is_training=split == 'train', scale=(0.85, 1.0),
+        hflip=0., color_jitter=None, num_workers=0, persistent_workers=False, use_prefetcher=False, **cfg)
+        for split in ('train', 'validation'))
 
-    write_digits(args.output / 'digits')
-    data = dict(input_size=size, batch_size=64, num_workers=0, persistent_workers=False,
-                use_prefetcher=False, interpolation='bicubic', **norm)
-    train = create_loader(
-        create_dataset('', root=args.output / 'digits', split='train'), is_training=True, scale=(0.85, 1.0), hflip=0.,
-        color_jitter=None, **data)
-    validation = create_loader(create_dataset('', root=args.output / 'digits', split='validation'), **data)
-
-    models, losses, optimizers, schedulers = {}, {}, {}, {}
-    for name in names:
+    models, optimizers, schedulers = {}, {}, {}
+    for name in (dense, evo):
         random_seed(0)
         # as in the paper: tokens are selected before every block for two thirds of the epochs, then once per stage
         schedule = dict(layer_to_stage_epochs=2 * epochs // 3) if name == evo else {}
-        model = timm.create_model(
-            name, num_classes=10, pretrained_cfg_overlay=dict(input_size=size, **norm), **model_args, **schedule)
-        models[name], losses[name] = model.to(args.device), nn.CrossEntropyLoss(label_smoothing=0.1)
-        if name == evo:  # also as in the paper: the class token is classified, too
-            model.set_assisted_training()
-            losses[name] = AssistedLoss(losses[name])
-        optimizers[name] = create_optimizer_v2(model, opt='adamw', lr=3e-3, weight_decay=0.05)
+        models[name] = timm.create_model(name, num_classes=10, pretrained_cfg_overlay=cfg, **model_args, **schedule)
+        optimizers[name] = create_optimizer_v2(models[name], opt='adamw', lr=3e-3, weight_decay=0.05)
         schedulers[name], _ = create_scheduler_v2(
             optimizers[name], num_epochs=epochs, warmup_epochs=min(3, epochs - 1), warmup_lr=1e-5, min_lr=1e-5)
+    models[evo].set_assisted_training()  # also as in the paper: the class token is classified, too
+    loss = AssistedLoss(nn.CrossEntropyLoss(label_smoothing=0.1))
 
     def step(name, images, target):
-        losses[name](models[name](images), target).backward()
+        loss(models[name](images), target).backward()
         optimizers[name].step()
         optimizers[name].zero_grad()
 
-    training = dict.fromkeys(names, 0.)
+    training = {dense: 0., evo: 0.}
     for epoch in tqdm(range(epochs), unit='epoch', disable=None):
-        for name in names:
+        for name in models:
             models[name].train()
             schedulers[name].step(epoch)
         for images, target in train:
-            images, target = images.to(args.device), target.to(args.device)
-            for name in names:
-                training[name] += seconds(lambda n=name, x=images, y=target: step(n, x, y), args.device)
+            for name in models:
+                training[name] += seconds(step, name, images, target)
 
-    images, target = (torch.cat(part).to(args.device) for part in zip(*validation))
+    images, target = (torch.cat(part) for part in zip(*validation))
     with torch.inference_mode():
         correct = {name: (model.eval()(images).argmax(dim=1) == target).float() for name, model in models.items()}
-        rounds = [[seconds(lambda n=name: models[n](images), args.device) for name in names] for _ in range(7)]
+        rounds = [[seconds(model, images) for model in models.values()] for _ in range(7)]
     print(f'\n{"model":28} {"top-1 %":>8} {"img/s":>8} {"training s":>11}')
-    for name, times in zip(names, zip(*rounds)):
+    for name, times in zip(models, zip(*rounds)):
         print(f'{name:28} {100 * correct[name].mean().item():8.2f} {len(images) / statistics.median(times):8.0f} '
               f'{training[name]:11.1f}')
         timm.models.save_for_hf(models[name], args.output / name, model_args=model_args, safe_serialization=True)
     print(f'\nspeed-up of {evo}: {statistics.median(a / b for a, b in rounds):.2f} in inference, '
           f'{training[dense] / training[evo]:.2f} in training')
-    digits = [min(folder.iterdir()) for folder in sorted((args.output / 'digits/validation').glob('[2358]'))]
-    drawings = [drawing for _, drawing in visualize(models[evo], digits, classes=False)]
-    sheet(drawings).save(args.output / 'informative_tokens.png')
+    drawn = [min(folder.iterdir()) for folder in sorted((digits / 'validation').glob('[2358]'))]
+    sheet([drawing for _, drawing in visualize(models[evo], drawn, classes=False)]).save(
+        args.output / 'informative_tokens.png')
     print(f'{len(images)} validation images; picture: {args.output / "informative_tokens.png"}')
 
 
