@@ -115,7 +115,7 @@ def evolve(
 
 
 def match(tokens: List[torch.Tensor], count: int) -> List[List[int]]:
-    """One round of bipartite matching; the positions in each group, in the order of their odd or single token."""
+    """One round of bipartite matching; the positions in each group, its odd or single token first, in the order of these."""
     units = [t / t.norm() for t in tokens]
     evens, odds = range(0, len(tokens), 2), range(1, len(tokens), 2)
     partner, likeness = {}, {}

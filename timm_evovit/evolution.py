@@ -80,6 +80,7 @@ class StageState(NamedTuple):
     x: torch.Tensor  # (B, N, C) the sequence as it was when the stage began
     slow: torch.Tensor  # (B, P + M, C) the prefix and slow tokens that were made of it
     slow_idx: torch.Tensor  # (B, N) where in `slow` each token of x belongs, P + M for patches that wait
+    member_idx: torch.Tensor  # (B, P + M) for each slow token the token of x whose rotary embedding it takes
     waits: bool  # there are such patches
 
 
@@ -225,7 +226,8 @@ def split_tokens(
         weight = weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-37)
         mean = weight.to(x.dtype).unsqueeze(1) @ x[:, num_prefix_tokens:]
         slow = torch.cat([slow, mean], dim=1)
-    return StageState(x, slow, slow_idx, not representative_token), keep_idx, kept_attn
+        token_idx = F.pad(token_idx, [0, 1])  # the class token is not rotated
+    return StageState(x, slow, slow_idx, token_idx, not representative_token), keep_idx, kept_attn
 
 
 @torch.fx.wrap
@@ -241,12 +243,12 @@ def group_sums(tokens: torch.Tensor, weight: torch.Tensor, group_idx: torch.Tens
     if torch.jit.is_tracing():  # the ONNX exporter without torch.export loses repeated indices of index_add
         out = out.scatter_add(0, idx.unsqueeze(1).expand(-1, C), rows)
     else:
-        out = out.index_add(0, idx, rows)
+        out.index_add_(0, idx, rows)  # in place: a copy fewer
     return out.view(B, num_groups, C).to(tokens.dtype)
 
 
 @torch.fx.wrap
-def match_tokens(tokens: torch.Tensor, num_groups: int) -> torch.Tensor:
+def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """One round of bipartite matching (ToMe, https://arxiv.org/abs/2210.09461, section 3).
 
     Every second token looks for the most similar one of the others, by cosine similarity. The most similar pairs are
@@ -258,7 +260,8 @@ def match_tokens(tokens: torch.Tensor, num_groups: int) -> torch.Tensor:
         num_groups: Number of groups, n // 2 at least.
 
     Returns:
-        Group of each token, (B, n). Groups are numbered in the order of their odd or unmatched even token.
+        Group of each token, (B, n), and of each group the odd or unmatched even token, (B, num_groups), in the order of
+        which they are numbered.
     """
     n = tokens.shape[1]
     other = tokens[:, 1::2]
@@ -275,7 +278,9 @@ def match_tokens(tokens: torch.Tensor, num_groups: int) -> torch.Tensor:
     joined = (rank < n - num_groups).index_select(1, pair) & (position % 2 == 0)
     number = (~joined).long().cumsum(dim=1) - 1
     partner_idx = (2 * partner.index_select(1, pair) + 1).clamp_max(n - 1)
-    return torch.where(joined, number.gather(1, partner_idx), number)
+    centre_idx = position.new_zeros(tokens.shape[0], num_groups).scatter_add(
+        1, number.clamp_min(0), torch.where(joined, 0, position))
+    return torch.where(joined, number.gather(1, partner_idx), number), centre_idx
 
 
 @torch.fx.wrap
@@ -299,12 +304,13 @@ def group_tokens(
     B = x.shape[0]
     if sizes is None:
         sizes = torch.ones_like(x[:, :, 0], dtype=at_least_float32(x))
-    group_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
+    group_idx, centre_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
     prefix_idx = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
     slow_idx = torch.cat([prefix_idx, group_idx + num_prefix_tokens], dim=1)
     slow_sizes = sizes.new_zeros(B, num_prefix_tokens + num_groups).scatter_add(1, slow_idx, sizes)
     slow = group_sums(x, sizes / slow_sizes.gather(1, slow_idx), slow_idx, num_prefix_tokens + num_groups)
-    return StageState(x, slow, slow_idx, False), slow_sizes
+    member_idx = torch.cat([prefix_idx, centre_idx + num_prefix_tokens], dim=1)
+    return StageState(x, slow, slow_idx, member_idx, False), slow_sizes
 
 
 @torch.fx.wrap
@@ -320,29 +326,12 @@ def merge_tokens(stage: StageState, slow: torch.Tensor) -> torch.Tensor:
 
 
 @torch.fx.wrap
-def group_rope(rope: torch.Tensor, slow_idx: torch.Tensor, num_slow: int, representative_token: bool) -> torch.Tensor:
-    """Rotary embedding of slow tokens, (B, heads or 1, P + M, d), from that of all, (B or 1, heads or 1, N, d).
-
-    It is the mean over the patches of a slow token: a query of the one patch of an informative token is rotated as
-    ever, and the dot product with a group is the mean of those with its patches, were they alike. The representative
-    token takes that of the class token, which is not rotated: it stands for patches all over the image.
-
-    Args:
-        rope: Sine and cosine of each token.
-        slow_idx: Slow token of each token, (B, N), from `num_slow` on for those that wait or share a representative.
-        num_slow: Number of slow tokens but for the representative one.
-        representative_token: Append the embedding of the one that those from `num_slow` on share, if there are any.
-    """
-    B, N = slow_idx.shape
-    heads, d = rope.shape[1], rope.shape[3]
-    ones = torch.ones_like(slow_idx, dtype=at_least_float32(rope))
-    sizes = ones.new_zeros(B, num_slow + 1).scatter_add(1, slow_idx, ones)  # the last is that of the rest
-    rows = rope.transpose(1, 2).reshape(rope.shape[0], N, heads * d).expand(B, N, heads * d)
-    means = group_sums(rows, 1 / sizes.gather(1, slow_idx), slow_idx, num_slow + 1)
-    out = means[:, :num_slow].reshape(B, num_slow, heads, d).transpose(1, 2)
-    if representative_token and num_slow < N:
-        out = torch.cat([out, out[:, :, :1]], dim=2)
-    return out
+def take_rope(rope: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
+    """Rotary embeddings (B, heads or 1, M, d), by index (B, M), of those of all tokens (B or 1, heads or 1, N, d)."""
+    B, M = token_idx.shape
+    rows = rope.transpose(1, 2).flatten(2)
+    rows = rows[0].index_select(0, token_idx.flatten()) if rope.shape[0] == 1 else take_tokens(rows, token_idx)
+    return rows.view(B, M, rope.shape[1], rope.shape[3]).transpose(1, 2)
 
 
 def run_block(
@@ -370,6 +359,7 @@ class Stages:
         self.selections = torch.jit.annotate(List[Selection], [])  # the last one counts
         self.slow_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, N) where each token belongs by now
         self.keep_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, K) raster indices of informative patches
+        self.member_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, P + M) tokens of the given sequence
         self.sizes = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, P + M) number of patches of each token
 
     def begin_by_attention(
@@ -381,6 +371,7 @@ class Stages:
         self.states.append(stage)
         self.keep_idx = keep_idx
         self.slow_idx = stage.slow_idx
+        self.member_idx = stage.member_idx
         group_idx = stage.slow_idx[:, self.num_prefix_tokens:] - self.num_prefix_tokens
         self.selections.append(Selection(block, group_idx, num_kept(self.num_patches, keep_ratio), global_attn))
         return stage.slow, kept_attn
@@ -395,10 +386,12 @@ class Stages:
             stage, sizes = group_tokens(x, self.sizes, larger(num_groups, (x.shape[1] - P) // 2), P)
             self.states.append(stage)
             self.sizes = sizes
-            slow_idx, before = stage.slow_idx, self.slow_idx
-            if before is not None:
-                slow_idx = slow_idx.gather(1, before)
-            self.slow_idx = slow_idx
+            slow_idx, member_idx = stage.slow_idx, stage.member_idx
+            slow_idx_before, member_idx_before = self.slow_idx, self.member_idx
+            if slow_idx_before is not None and member_idx_before is not None:
+                slow_idx = slow_idx.gather(1, slow_idx_before)
+                member_idx = member_idx_before.gather(1, member_idx)
+            self.slow_idx, self.member_idx = slow_idx, member_idx
             self.selections.append(Selection(block, slow_idx[:, P:] - P, num_groups, None))
             x = stage.slow
         return x
@@ -428,12 +421,14 @@ class Stages:
         return F.pad(sizes.log().to(x.dtype), [0, 8 - N % 8])[:, None, None, :N]
 
     def divide_rope(self, rope: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding of the complete sequence, (B or 1, heads or 1, N, d), to that of the slow tokens."""
-        slow_idx = self.slow_idx
-        if slow_idx is None:
-            return rope
-        num_slow = self.num_prefix_tokens + self.selections[-1].num_groups
-        return group_rope(rope, slow_idx, num_slow, self.representative_token and self.keep_idx is not None)
+        """Rotary embedding of the complete sequence, (B or 1, heads or 1, N, d), to that of the slow tokens.
+
+        An informative patch has its own. A group has that of the patch that the others have joined: the mean of the
+        group, or the patch nearest to it, costs more and was no more accurate. The representative token has that of the
+        class token, which is not rotated: it stands for patches all over the image.
+        """
+        member_idx = self.member_idx
+        return rope if member_idx is None else take_rope(rope, member_idx)
 
 
 class EvolvingSequential(nn.Sequential):
