@@ -424,8 +424,8 @@ class Stages:
         """Rotary embedding of the complete sequence, (B or 1, heads or 1, N, d), to that of the slow tokens.
 
         An informative patch has its own. A group has that of the patch that the others have joined: the mean of the
-        group, or the patch nearest to it, costs more and was no more accurate. The representative token has that of the
-        class token, which is not rotated: it stands for patches all over the image.
+        group, or the patch nearest to it, costs more and was no more accurate at keep ratios of 0.4 or more. The
+        representative token has that of the class token, which is not rotated: it stands for patches all over the image.
         """
         member_idx = self.member_idx
         return rope if member_idx is None else take_rope(rope, member_idx)
