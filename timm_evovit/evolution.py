@@ -425,7 +425,8 @@ class Stages:
 
         An informative patch has its own. A group has that of the patch that the others have joined: the mean of the
         group, or the patch nearest to it, costs more and was no more accurate at keep ratios of 0.4 or more. The
-        representative token stands for patches all over the image and has that of the class token, which is not rotated.
+        representative token stands for patches all over the image. It has that of the class token, which is not
+        rotated.
         """
         member_idx = self.member_idx
         return rope if member_idx is None else take_rope(rope, member_idx)
