@@ -166,6 +166,10 @@ def test_a_checkpoint_of_timms_train_script(deit, run, tmp_path, prefix):
     torch.save(checkpoint, tmp_path / 'last.pth.tar')
     assert run('evo_deit_tiny', tmp_path / 'last.pth.tar')[0] == 0
     assert_same_weights(deit[0], load(tmp_path / 'out'))
+    cfg = json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg']
+    assert not cfg.keys() & {'tag', 'license', 'origin_url'}, 'these are not the weights of the authors'
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'license: unknown' in card and 'arxiv.org/abs/2108.01390' in card
 
 
 class Runs:

@@ -449,6 +449,14 @@ def test_bad_input(command, digits, tmp_path, monkeypatch, args, message):
     assert not (tmp_path / 'new').exists() and (tmp_path / 'map.txt').is_file()
 
 
+def test_weights_of_another_readout(digits, tmp_path, capsys):
+    dense = timm.create_model('deit_tiny_patch16_224', **MODELS['evo_deit_tiny'])
+    torch.save(dense.state_dict(), tmp_path / 'dense.pth')
+    args = ['--checkpoint', tmp_path / 'dense.pth', '--data-dir', digits, '--output', tmp_path / 'out']
+    assert main(['sweep', *map(str, [*words('evo_deit_tiny'), *args])]) == 1
+    assert 'dense.pth has no fc_norm.bias' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('name, message', [
     ('resnet10t', 'got ResNet'), ('no_such_model', 'no_such_model'),
     ('vit_small_patch14_dinov2', 'num_classes must be 1 or more, got 0')])

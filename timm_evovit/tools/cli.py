@@ -12,6 +12,7 @@ from timm.utils import ParseKwargs
 from tqdm import tqdm
 
 from ..base import check
+from ..checkpoints import rename_authors
 from ..evo_vit import evolve
 from .convert import convert, count_classes, read_weights, upload
 from .sweep import Pictures, Setting, sweep
@@ -107,6 +108,12 @@ def _sweep(args: argparse.Namespace) -> int:
     existing = next(path for path in (args.output, *args.output.parents) if path.exists())
     check(existing.is_dir() and os.access(existing, os.W_OK), '--output', 'a folder to write to', str(args.output))
     dense, kwargs = _create(args)
+    if args.checkpoint:  # what it prints at the end loads no weights of another readout
+        names = rename_authors(read_weights(args.checkpoint, args.use_ema))
+        if missing := sorted(dense.state_dict().keys() - names - {'epochs_started'}):
+            raise ValueError(
+                f'{args.checkpoint} has no {missing[0]}: it is of a model with another readout. Name that model, or give '
+                f'the readout, such as --model-kwargs global_pool=token.')
     check(dense.num_classes > 0, 'num_classes', '1 or more', dense.num_classes)
     dense.eval()
     evolves = hasattr(dense, 'set_keep_ratio')

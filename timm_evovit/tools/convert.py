@@ -157,6 +157,8 @@ def convert(
     cfg, authors = model.pretrained_cfg, rename_authors(weights) is not weights
     if checkpoint is not None or use_ema or model_kwargs:
         cfg.pop('notes', None)  # they describe the published weights
+    for key in () if authors else ('tag', 'license', 'origin_url'):
+        cfg.pop(key, None)
     source = f'{path.name} (moving average)' if use_ema else path.name
     card = {
         'license': 'mit' if authors else 'unknown',
