@@ -112,8 +112,8 @@ def _sweep(args: argparse.Namespace) -> int:
         names = rename_authors(read_weights(args.checkpoint, args.use_ema))
         if missing := sorted(dense.state_dict().keys() - names - {'epochs_started'}):
             raise ValueError(
-                f'{args.checkpoint} has no {missing[0]}: it is of a model with another readout. Name that model, or give '
-                f'the readout, such as --model-kwargs global_pool=token.')
+                f'{args.checkpoint} has no {missing[0]}: it is of a model with another readout. Name that one, or its '
+                f'readout, such as --model-kwargs global_pool=token.')
     check(dense.num_classes > 0, 'num_classes', '1 or more', dense.num_classes)
     dense.eval()
     evolves = hasattr(dense, 'set_keep_ratio')
