@@ -101,7 +101,7 @@ def main():
 
     text(97.5, 34.6, '3  all patches again', weight='bold')
     grid(88.5, 13.5, 3, lambda i, x, y, s: patch(patches[i], x, y, s, SLOW if i in kept else FAST))
-    text(97.5, 9.3, 'nothing was dropped; the next\nstage selects anew')
+    text(97.5, 9.3, 'nothing was dropped; the next\nstage may choose others')
     text(55, 3.6, 'Drawing, patches chosen by hand. Evo-DeiT leaves out the representative token by default, as its '
          "authors' code does: placeholders then wait unchanged.\n"
          'By similarity, the default of evolve, step 1 puts similar patches into groups. Each group is one token, and '
