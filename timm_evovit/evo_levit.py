@@ -249,7 +249,6 @@ class EvoLevit(EvolvingModel, levit.LevitDistilled):
         if representative_token is None:
             representative_token = slow_tokens == 'attention'
         check_flag('representative_token', representative_token)
-
         super().__init__(img_size, in_chans, num_classes, embed_dim, key_dim, depth, **kwargs)
         self.img_size = to_2tuple(img_size)
         self.fixed_tradeoff = 0.5
@@ -267,9 +266,7 @@ class EvoLevit(EvolvingModel, levit.LevitDistilled):
         num_attentions = sum(len(stage.blocks) + 1 for stage in self.stages) - 1
         self.tradeoff = nn.Parameter(torch.empty(num_attentions, **dd)) if tradeoff == 'learned' else None
         self.reset_parameters()
-
-        self._init_evolution(
-            keep_ratio, len(self.stages), slow_tokens, selection, assisted_cls, layer_to_stage_epochs)
+        self._init_evolution(keep_ratio, len(self.stages), slow_tokens, selection, assisted_cls, layer_to_stage_epochs)
         self._reset_heads()
 
     def reset_parameters(self) -> None:
@@ -332,16 +329,14 @@ class EvoLevit(EvolvingModel, levit.LevitDistilled):
         return dict(
             stem=r'^(?:stem\.|cls_token|pos_embed|tradeoff)',
             blocks=r'^stages\.(\d+)' if coarse else [
-                (r'^stages\.(\d+)\.downsample', (0,)),
-                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-            ],
+                (r'^stages\.(\d+)\.downsample', (0,)), (r'^stages\.(\d+)\.blocks\.(\d+)', None)],
         )
 
     @torch.jit.unused
     def get_classifier(self) -> nn.ModuleList:
         """All heads, as one module."""
-        heads = [self.head, self.head_dist, self.head_cls, self.head_cls_dist]
-        return nn.ModuleList([head for head in heads if head is not None])
+        heads = (self.head, self.head_dist, self.head_cls, self.head_cls_dist)
+        return nn.ModuleList(head for head in heads if head is not None)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         super().reset_classifier(num_classes, global_pool)
