@@ -231,20 +231,14 @@ def split_tokens(
 
 
 @torch.fx.wrap
-def group_sums(tokens: torch.Tensor, weight: torch.Tensor, group_idx: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Sums (B, num_groups, C) of the tokens (B, n, C) in each group, weighted by (B, n); `group_idx` is (B, n).
-
-    They are summed in the precision of the weights.
-    """
-    B, n, C = tokens.shape
-    rows = (tokens * weight.unsqueeze(2)).reshape(B * n, C)
-    idx = flat_idx(group_idx, num_groups)
-    out = rows.new_zeros(B * num_groups, C)
+def add_tokens(x: torch.Tensor, token_idx: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Add tokens (B, m, C) to those of x (B, M, C) at the indices (B, m). x may change in place."""
+    rows, idx = x.flatten(0, 1), flat_idx(token_idx, x.shape[1])
     if torch.jit.is_tracing():  # the ONNX exporter without torch.export loses repeated indices of index_add
-        out = out.scatter_add(0, idx.unsqueeze(1).expand(-1, C), rows)
+        rows = rows.scatter_add(0, idx.unsqueeze(1).expand(-1, x.shape[2]), tokens.flatten(0, 1))
     else:
-        out.index_add_(0, idx, rows)  # in place: a copy fewer
-    return out.view(B, num_groups, C).to(tokens.dtype)
+        rows = rows.index_add_(0, idx, tokens.flatten(0, 1))
+    return rows.view_as(x)
 
 
 @torch.fx.wrap
@@ -260,27 +254,27 @@ def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, t
         num_groups: Number of groups, n // 2 at least.
 
     Returns:
-        Group of each token, (B, n), and of each group the odd or unmatched even token, (B, num_groups), in the order of
-        which they are numbered.
+        Group of each token, (B, n), and indices of all tokens, (B, n): first those that stay, one for each group, then
+        those that join them.
     """
     n = tokens.shape[1]
-    other = tokens[:, 1::2]
-    eps = 1e-6  # not zero in half precision
-    scores = F.normalize(tokens[:, ::2], dim=-1, eps=eps) @ other.transpose(1, 2)
-    scores = scores / torch.linalg.vector_norm(other, dim=-1).clamp_min(eps).unsqueeze(1)
+    num_joined = n - num_groups
+    lengths = torch.linalg.vector_norm(tokens, dim=-1).clamp_min(1e-6)  # not zero in half precision
+    scores = (tokens[:, ::2] / lengths[:, ::2].unsqueeze(2)) @ tokens[:, 1::2].transpose(1, 2)
+    scores = scores / lengths[:, 1::2].unsqueeze(1)
     best, partner = F.pad(scores, [0, 1], value=-2.).max(dim=2)  # a column more: max fails where there is none
-    # rank by comparison: a stable sort is not known to ONNX, and another resolves ties as it likes
-    mine, others = best.unsqueeze(2), best.unsqueeze(1)
+    # counted by hand: a stable sort is not known to ONNX, and another resolves ties as it likes
+    least = best.topk(larger(1, num_joined), dim=1).values[:, -1:]
+    above, ties = best > least, best == least
+    joins = above | (ties & (ties.long().cumsum(dim=1) <= num_joined - above.sum(dim=1, keepdim=True)))
     position = torch.arange(n, device=tokens.device)
-    earlier = position[::2] < position[::2].unsqueeze(1)
-    rank = ((others > mine) | ((others == mine) & earlier)).sum(dim=2)
     pair = position // 2  # of an even token and the odd one that follows
-    joined = (rank < n - num_groups).index_select(1, pair) & (position % 2 == 0)
+    joined = joins.index_select(1, pair) & (position % 2 == 0)
     number = (~joined).long().cumsum(dim=1) - 1
     partner_idx = (2 * partner.index_select(1, pair) + 1).clamp_max(n - 1)
-    centre_idx = position.new_zeros(tokens.shape[0], num_groups).scatter_add(
-        1, number.clamp_min(0), torch.where(joined, 0, position))
-    return torch.where(joined, number.gather(1, partner_idx), number), centre_idx
+    order = torch.where(joined, num_groups - 1 + position - number, number)
+    token_idx = torch.zeros_like(order).scatter(1, order, position.expand_as(order))
+    return torch.where(joined, number.gather(1, partner_idx), number), token_idx
 
 
 @torch.fx.wrap
@@ -304,13 +298,18 @@ def group_tokens(
     B = x.shape[0]
     if sizes is None:
         sizes = torch.ones_like(x[:, :, 0], dtype=at_least_float32(x))
-    group_idx, centre_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
+    group_idx, token_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
     prefix_idx = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
     slow_idx = torch.cat([prefix_idx, group_idx + num_prefix_tokens], dim=1)
-    slow_sizes = sizes.new_zeros(B, num_prefix_tokens + num_groups).scatter_add(1, slow_idx, sizes)
-    slow = group_sums(x, sizes / slow_sizes.gather(1, slow_idx), slow_idx, num_prefix_tokens + num_groups)
-    member_idx = torch.cat([prefix_idx, centre_idx + num_prefix_tokens], dim=1)
-    return StageState(x, slow, slow_idx, member_idx, False), slow_sizes
+    member_idx = torch.cat([prefix_idx, token_idx[:, :num_groups] + num_prefix_tokens], dim=1)
+    joined_idx = token_idx[:, num_groups:] + num_prefix_tokens
+    into = slow_idx.gather(1, joined_idx)
+    joined_sizes = sizes.gather(1, joined_idx)
+    slow_sizes = sizes.gather(1, member_idx).scatter_add(1, into, joined_sizes)
+    weight = (joined_sizes / slow_sizes.gather(1, into)).unsqueeze(2)
+    slow = take_tokens(x, member_idx).to(weight.dtype)  # sums need more than half precision
+    slow = add_tokens(slow, into, weight * (take_tokens(x, joined_idx) - take_tokens(slow, into)))
+    return StageState(x, slow.to(x.dtype), slow_idx, member_idx, False), slow_sizes
 
 
 @torch.fx.wrap
