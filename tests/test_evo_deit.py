@@ -75,6 +75,18 @@ def test_reference_runs_more_than_one_kind_of_stage():
     assert (first.mask != second.mask).any() and (first.mask[0] != first.mask[1]).any()
 
 
+def test_without_class_token():
+    """There is no token to assist."""
+    model = build(class_token=False, slow_tokens='similarity')
+    assert model.head_cls is None and model.train()(images(2)).shape == (2, 10)
+
+
+@torch.no_grad()
+def test_informative_tokens_of_a_scripted_model():
+    with pytest.raises(TypeError, match='does not evolve tokens'):
+        informative_tokens(torch.jit.script(build()), images(1))
+
+
 def recorded_model(**kwargs):
     """Weights and images made by a formula, so that others can make the same."""
     model = timm.create_model(NAME, **TINY, **kwargs).double().eval()

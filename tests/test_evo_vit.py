@@ -501,6 +501,15 @@ def test_evo_vit_comes_back_evolving(by_name, how, keep_ratio, tmp_path):
     timm.create_model('vit_tiny_patch16_224', **ARGS).load_state_dict(weights)  # the dense base takes them
 
 
+def test_another_patch_size_comes_back(tmp_path):
+    model = timm.create_model('evo_vit', base='vit_tiny_patch16_224', **ARGS).eval()
+    model.set_input_size(patch_size=16)
+    timm.models.save_for_hf(model, tmp_path, model_args=model.model_args, safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(images(2)), model(images(2)))
+
+
 @pytest.mark.parametrize('kwargs, error, message', [
     (dict(base='nothing_of_that_name'), RuntimeError, 'nothing_of_that_name'),
     (dict(base='resnet18'), TypeError, 'VisionTransformer, VisionTransformerDistilled, Eva, got ResNet'),

@@ -454,7 +454,17 @@ def test_weights_of_another_readout(digits, tmp_path, capsys):
     torch.save(dense.state_dict(), tmp_path / 'dense.pth')
     args = ['--checkpoint', tmp_path / 'dense.pth', '--data-dir', digits, '--output', tmp_path / 'out']
     assert main(['sweep', *map(str, [*words('evo_deit_tiny'), *args])]) == 1
-    assert 'dense.pth has no fc_norm.bias' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+    assert 'dense.pth has no fc_norm.' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
+def test_weights_of_another_image_size(digits, tmp_path, capsys):
+    """What sweep prints at the end could not load them."""
+    model = timm.create_model('vit_tiny_patch16_224', **MODELS['vit_tiny_patch16_224'])
+    torch.save(model.state_dict(), tmp_path / 'model.pth')
+    args = ['--img-size', 64, '--checkpoint', tmp_path / 'model.pth', '--data-dir', digits, '--output', tmp_path / 'out']
+    assert main(['sweep', *map(str, [*words('vit_tiny_patch16_224'), *args])]) == 1
+    assert 'a pos_embed of [1, 17, 24], and the model one of [1, 65, 24]' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('name, message', [

@@ -1,5 +1,4 @@
 """What every evolving model shares: keep ratio, schedule, epochs, training switches, saved arguments."""
-from collections.abc import Sequence as SequenceABC
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
@@ -10,7 +9,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from .checkpoints import rename_authors
-from .evolution import Schedule
+from .evolution import EvolvingSequential, Schedule
 
 NOT_MODEL_ARGS = (
     'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args',
@@ -33,7 +32,6 @@ def check_flag(name: str, value: bool) -> bool:
 
 
 def check_epochs(name: str, value: int) -> int:
-    """A number of epochs."""
     check(is_number(value, Integral), name, 'a number of epochs such as 200', value, TypeError)
     check(value >= 0, name, '0 or more epochs', value)
     return int(value)
@@ -43,7 +41,7 @@ def check_ratios(name: str, value: Any, count: int, per: str, zero: bool = False
     """One ratio in (0, 1], or in [0, 1] with `zero`, for each stage or block, given so or as one number for all."""
     span = '[0, 1]' if zero else '(0, 1]'
     values = (value,) * count if is_number(value) else value
-    listed = isinstance(values, SequenceABC) and not isinstance(values, str) and all(map(is_number, values))
+    listed = isinstance(values, Sequence) and not isinstance(values, str) and all(map(is_number, values))
     check(listed, name, f'a number in {span} or one per {per}', value, TypeError)
     check(len(values) == count, name, f'one number or {count}, one per {per}', value)
     check(all(0 <= v <= 1 and (zero or v > 0) for v in values), name, f'in {span}', value)
@@ -126,16 +124,10 @@ class EvolvingModel(nn.Module):
         self._remember_args(keep_ratio=self.keep_ratio)
         self._set_schedule()
 
-    @torch.jit.unused
-    def _build_schedules(
-            self,
-            tradeoff: Sequence[float],
-            stages: Sequence[int],
-            keep_ratio: Sequence[float],
-    ) -> Tuple[Schedule, Schedule]:
+    def _build_schedules(self, tradeoff: Sequence[float], starts: Dict[int, float]) -> Tuple[Schedule, Schedule]:
         """The schedule, and the one of training mode."""
-        schedule = Schedule.build(tradeoff, stages, keep_ratio, self.selection, self.slow_tokens)
-        return schedule, Schedule.build(tradeoff, stages, keep_ratio, 'layer') if self.layerwise_epochs else schedule
+        schedule = Schedule.build(tradeoff, starts, self.selection, self.slow_tokens)
+        return schedule, Schedule.build(tradeoff, starts, 'layer') if self.layerwise_epochs else schedule
 
     @property
     @torch.jit.unused
@@ -143,7 +135,6 @@ class EvolvingModel(nn.Module):
         """Whether tokens are selected before every block at the moment, whatever `selection` says."""
         return self.training and self.layerwise_epochs
 
-    @torch.jit.unused
     def _update_schedule(self) -> None:
         count = self.epochs_started
         self.layerwise_epochs = count is not None and (count.is_meta or int(count) <= self.layer_to_stage_epochs)
@@ -173,6 +164,13 @@ class EvolvingModel(nn.Module):
             self._update_schedule()
 
     @torch.jit.unused
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        super().set_grad_checkpointing(enable)
+        for module in self.modules():
+            if isinstance(module, EvolvingSequential):
+                module.grad_checkpointing = enable
+
+    @torch.jit.unused
     def set_assisted_training(self, enable: bool = True) -> None:
         """Return (averaged-patch logits, class token logits) in training mode, for `AssistedLoss`."""
         self.assisted_training = enable
@@ -194,8 +192,8 @@ class EvolvingModel(nn.Module):
     def model_args(self) -> Dict[str, Any]:
         """Arguments that make `timm.create_model` build this model as it is now.
 
-        timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them. Not among them are
-        where and for how many classes the model is built, and drop rates.
+        timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them. Device, dtype,
+        number of classes and drop rates are left out.
         """
         args = {**getattr(self, '_model_args', {}), **self._current_args()}
         return {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS and not k.endswith('_rate')}

@@ -155,15 +155,11 @@ def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> 
     if model.tradeoff is None:
         dropped += ('tradeoff',)
     state_dict = {k: v for k, v in state_dict.items() if not k.startswith(dropped)}
-    # the embedding of a stage is on the grid before it, and the first one's on that of the stem
     source = getattr(model, 'pretrained_cfg', {}).get('input_size', (3, 224, 224))
-    old_size = tuple(-(-size // model.feature_info[0]['reduction']) for size in source[1:])
-    new_size = model.stages[0].grid_size
-    for i, stage in enumerate(model.stages):
+    for i in range(len(model.stages)):
         key = f'stages.{i}.downsample.attn_downsample.pos_embed' if i > 0 else 'pos_embed'
         if key in state_dict:
-            state_dict[key] = _resample_pos_embed(state_dict[key], old_size, new_size)
-        if i > 0:
-            old_size = tuple(-(-size // 2) for size in old_size)
-        new_size = stage.grid_size
+            before = max(i - 1, 0)  # the embedding of a stage is on the grid before it, the first one's on its own
+            old_size = tuple(-(-size // model.feature_info[before]['reduction']) for size in source[1:])
+            state_dict[key] = _resample_pos_embed(state_dict[key], old_size, model.stages[before].grid_size)
     return state_dict

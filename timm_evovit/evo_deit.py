@@ -46,7 +46,7 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
         """
         Args:
             keep_ratio: Ratio of slow tokens to patches in (0, 1], one for all evolution stages or one per stage. By
-                similarity, one is the geometric mean of a series that falls from stage to stage.
+                similarity, one is the geometric mean of a series, to three decimals, that falls from stage to stage.
             stages: First block of each evolution stage, ascending. Default for 12 blocks: (4, 8), by similarity
                 (1, 3, 5, 7, 9).
             slow_tokens: Find slow tokens by class 'attention' (paper) or by 'similarity', where like patches share one.
@@ -81,7 +81,7 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
 
     def _reset_cls_head(self) -> None:
         """Give the class token a norm and a classifier where it has something to assist."""
-        if self.assisted_cls and self.global_pool == 'avg' and self.num_classes > 0:
+        if self.cls_token is not None and self.assisted_cls and self.global_pool == 'avg' and self.num_classes > 0:
             if getattr(self, 'norm_cls', None) is None:
                 self.norm_cls = deepcopy(self.fc_norm)
             self.head_cls = nn.Linear(
@@ -90,9 +90,6 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
         else:
             self.norm_cls = None
             self.head_cls = None
-
-    def _current_args(self) -> Dict[str, Any]:
-        return dict(super()._current_args(), patch_size=self.patch_embed.patch_size)
 
     @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
@@ -111,8 +108,7 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
     ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
         """Tokens (B, N, C) to logits (B, num_classes).
 
-        In training mode with an assisted class token, a random half of the samples is answered by the averaged-patch
-        head and the rest by the class token head, see `timm_evovit.training`.
+        In training mode with an assisted class token, each sample is answered by one of two heads, see `mix_heads`.
         """
         features = self.head_drop(self.fc_norm(self.pool(x)))
         if pre_logits:
@@ -142,7 +138,8 @@ def _create_evo_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> E
         kwargs.setdefault('global_pool', 'token')  # what DeiT's norm and head were trained for
     elif (deit is not None and cfg.tag == 'fb_in1k' and cfg.source is None and cfg.crop_pct == deit.crop_pct
           and 'crop_pct' not in overlay):
-        cfg = replace(cfg, crop_pct=_cfg()['crop_pct'])  # not DeiT's weights after all: the paper's transform too
+        # `fb_in1k` is only the default tag, no DeiT weights are loaded: the paper's crop
+        cfg = replace(cfg, crop_pct=_cfg()['crop_pct'])
     kwargs = {'out_indices': 3, **model_cfgs[variant.split('_')[2]], **kwargs}
     return build_model(EvoVisionTransformer, variant, pretrained, cfg, checkpoint_filter_fn, **kwargs)
 
@@ -150,30 +147,24 @@ def _create_evo_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> E
 _cfg = partial(evo_cfg, first_conv='patch_embed.proj', classifier=('head', 'head_cls'))
 
 
-def _deit_cfg(hf_hub_id: str, **kwargs: Any) -> Dict[str, Any]:
-    """DeiT's own weights, with the transform that timm evaluates them with."""
-    return _cfg(hf_hub_id=hf_hub_id, **{
-        'crop_pct': .9, 'license': 'apache-2.0',
-        'paper_ids': 'arXiv:2012.12877',
-        'paper_name': 'Training data-efficient image transformers & distillation through attention',
-        'origin_url': 'https://github.com/facebookresearch/deit',
-        **kwargs
-    })
-
+_deit_cfg = partial(  # DeiT's own weights, with the transform that timm evaluates them with
+    _cfg, crop_pct=.9, license='apache-2.0', paper_ids='arXiv:2012.12877',
+    paper_name='Training data-efficient image transformers & distillation through attention',
+    origin_url='https://github.com/facebookresearch/deit')
 
 # where both tags have weights the first is the default
 default_cfgs = generate_default_cfgs({
     'evo_deit_tiny_patch16_224.evovit_in1k': _cfg(**published_cfg('evo_deit_tiny_patch16_224')),
-    'evo_deit_tiny_patch16_224.fb_in1k': _deit_cfg('timm/deit_tiny_patch16_224.fb_in1k'),
+    'evo_deit_tiny_patch16_224.fb_in1k': _deit_cfg(hf_hub_id='timm/deit_tiny_patch16_224.fb_in1k'),
     'evo_deit_small_patch16_224.evovit_in1k': _cfg(**published_cfg('evo_deit_small_patch16_224')),
-    'evo_deit_small_patch16_224.fb_in1k': _deit_cfg('timm/deit_small_patch16_224.fb_in1k'),
+    'evo_deit_small_patch16_224.fb_in1k': _deit_cfg(hf_hub_id='timm/deit_small_patch16_224.fb_in1k'),
     'evo_deit_base_patch16_224.evovit_in1k': _cfg(**published_cfg('evo_deit_base_patch16_224')),
-    'evo_deit_base_patch16_224.fb_in1k': _deit_cfg('timm/deit_base_patch16_224.fb_in1k'),
+    'evo_deit_base_patch16_224.fb_in1k': _deit_cfg(hf_hub_id='timm/deit_base_patch16_224.fb_in1k'),
     'evo_deit_small_patch16_384.untrained': _cfg(input_size=(3, 384, 384)),
     'evo_deit_base_patch16_384.evovit_in1k': _cfg(
         input_size=(3, 384, 384), **published_cfg('evo_deit_base_patch16_384')),
     'evo_deit_base_patch16_384.fb_in1k': _deit_cfg(
-        'timm/deit_base_patch16_384.fb_in1k', input_size=(3, 384, 384), crop_pct=1.0),
+        hf_hub_id='timm/deit_base_patch16_384.fb_in1k', input_size=(3, 384, 384), crop_pct=1.0),
 })
 _deit_weights = {cfg.cfgs['fb_in1k'].hf_hub_id for cfg in default_cfgs.values() if 'fb_in1k' in cfg.cfgs}
 for _short in ('evo_deit_tiny', 'evo_deit_small', 'evo_deit_base'):

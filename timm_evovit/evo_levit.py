@@ -1,8 +1,6 @@
 """Evo-LeViT - LeViT with slow-fast token evolution
 
 Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390
-
-Yifan Xu, Zhijie Zhang, Mengdan Zhang, Kekai Sheng, Ke Li, Weiming Dong, Liqing Zhang, Changsheng Xu, Xing Sun.
 """
 from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
@@ -66,10 +64,9 @@ class EvoLevitAttention(levit.Attention):
 
 
 class EvoLevitBlock(levit.LevitBlock):
-    """Residual attention and residual MLP, which can also write the class attention of its attention layer."""
+    """LeViT's block, which hands `context` to its attention layer."""
 
     def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
-        """Tokens (B, N, C), the class token first; `context` receives class attention (B, N) over all of them."""
         x = x + self.drop_path1(self.attn(x, context))
         return x + self.drop_path2(self.mlp(x))
 
@@ -94,19 +91,16 @@ class EvoLevitAttentionDownsample(levit.AttentionDownsample):
         q = self.q.ln(torch.cat([x[:, :1], self.q.down(x[:, 1:])], dim=1))
         x, scores = attend(split_heads(q, self.num_heads), k, v, self.scale)
         global_attn, tradeoff = state.global_attn, state.tradeoff
-        if not self.needs_class_attention:
-            global_attn = None
-        else:
-            class_attn = evolution.class_attention(scores[:, :, 0])[:, 1:]
-            if global_attn is None:
-                global_attn = self.q.down(class_attn.unsqueeze(2)).squeeze(2)
-            else:
-                total = global_attn.sum(dim=1, keepdim=True)
-                global_attn = evolution.update_global_attn(
-                    global_attn, class_attn, self.tradeoff, None if tradeoff is None else tradeoff[0])
-                global_attn = self.q.down(global_attn.unsqueeze(2)).squeeze(2)
-                global_attn = global_attn * (total / global_attn.sum(dim=1, keepdim=True))
-        state.global_attn = global_attn
+        state.global_attn = None
+        if self.needs_class_attention:
+            attn = evolution.class_attention(scores[:, :, 0])[:, 1:]
+            if global_attn is not None:
+                attn = evolution.update_global_attn(
+                    global_attn, attn, self.tradeoff, None if tradeoff is None else tradeoff[0])
+            attn = self.q.down(attn.unsqueeze(2)).squeeze(2)
+            if global_attn is not None:
+                attn = attn * (global_attn.sum(dim=1, keepdim=True) / attn.sum(dim=1, keepdim=True))
+            state.global_attn = attn
         if tradeoff is not None:
             state.tradeoff = tradeoff[1:]
         return self.proj(x)
@@ -157,7 +151,6 @@ class EvoLevitStage(levit.LevitStage):
                 del module.attention_biases, module.attention_bias_idxs
         return stage
 
-    @torch.jit.unused
     def set_schedule(self, schedule: Schedule, training_schedule: Schedule) -> None:
         """Set the schedules of all attentions, the downsampling one first."""
         first = 0
@@ -289,36 +282,26 @@ class EvoLevit(EvolvingModel, levit.LevitDistilled):
         elif isinstance(m, levit.LevitMlp):
             nn.init.zeros_(m.ln2.bn.weight)
 
-    @torch.jit.unused
     def _set_schedule(self) -> None:
         """One schedule of all attentions, the downsampling ones included, is cut into those of the stages."""
-        starts: List[int] = []
-        ratios: List[float] = []
+        starts: Dict[int, float] = {}
         tradeoff: List[float] = []
         bounds = [0]
         for i, stage in enumerate(self.stages):
-            if i > 0:  # never replaces the global class attention: its sum always remains
-                starts.append(len(tradeoff))
-                ratios.append(1.)
+            if i > 0:  # weight 0: the result keeps the old sum, so what was there before is always read
+                starts[len(tradeoff)] = 1.
                 tradeoff.append(0.)
             first = len(tradeoff) + (2 if i == 0 else 0)  # blocks 0 and 1 of the first stage see all patches
             tradeoff += [self.fixed_tradeoff] * len(stage.blocks)
             if first < len(tradeoff):
-                starts.append(first)
-                ratios.append(self.keep_ratio[i])
+                starts[first] = self.keep_ratio[i]
             bounds.append(len(tradeoff))
-        schedules = self._build_schedules(tradeoff, starts, ratios)
+        schedules = self._build_schedules(tradeoff, starts)
         for stage, first, end in zip(self.stages, bounds, bounds[1:]):
             stage.set_schedule(*(schedule.part(first, end) for schedule in schedules))
 
     def _current_args(self) -> Dict[str, Any]:
         return dict(img_size=self.img_size, in_chans=self.in_chans, global_pool=self.global_pool)
-
-    @torch.jit.unused
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        super().set_grad_checkpointing(enable)
-        for stage in self.stages:
-            stage.blocks.grad_checkpointing = enable
 
     @torch.jit.unused
     def no_weight_decay(self) -> Set[str]:
@@ -418,7 +401,6 @@ class EvoLevit(EvolvingModel, levit.LevitDistilled):
             return intermediates
         return x, intermediates
 
-    @torch.jit.unused
     def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
         """As the base class says. Blocks are counted through the stages, without downsampling attentions."""
         found: List[Tuple[Selection, Tuple[int, int]]] = []

@@ -33,19 +33,16 @@ class EvolvingAttention(nn.Module):
 
     def project(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens (B, N, C) to queries (B, heads, N, d), keys and values, of which there may be fewer heads."""
-        B, N, _ = x.shape
         if self.qkv is None:
-            num_kv_heads = self.num_heads // self.num_kv_groups
-            q = self.q_proj(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
-            k = self.k_proj(x).reshape(B, N, num_kv_heads, self.head_dim).transpose(1, 2)
-            v = self.v_proj(x).reshape(B, N, num_kv_heads, self.head_dim).transpose(1, 2)
-            return q, k, v
-        if self.q_bias is None:
-            qkv = self.qkv(x)
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        elif self.q_bias is None:
+            q, k, v = self.qkv(x).chunk(3, dim=2)
         else:
-            qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
-        q, k, v = qkv.reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+            bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+            q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, dim=2)
+        heads = (-1, self.head_dim)
+        q, k, v = q.unflatten(2, heads), k.unflatten(2, heads), v.unflatten(2, heads)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
         """Tokens (B, N, C), the class token first; `context` receives class attention (B, N) over all of them."""
@@ -95,7 +92,6 @@ class EvoBlock(Block):
     """timm's Block, which hands `context` to its attention layer."""
 
     def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
-        """Tokens (B, N, C), the class token first."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), context)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -104,7 +100,6 @@ class EvoEvaBlock(EvaBlock):
     """timm's EvaBlock, which hands `context` to its attention layer."""
 
     def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
-        """Tokens (B, N, C), the class token first."""
         update = self.attn(self.norm1(x), context)
         if self.gamma_1 is not None:
             update = self.gamma_1 * update
@@ -119,7 +114,6 @@ class EvoResPostBlock(ResPostBlock):
     """timm's ResPostBlock, which hands `context` to its attention layer."""
 
     def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
-        """Tokens (B, N, C), the class token first."""
         x = x + self.drop_path1(self.norm1(self.attn(x, context)))
         return x + self.drop_path2(self.norm2(self.mlp(x)))
 
@@ -174,7 +168,7 @@ def evolve_block(block: nn.Module, name: str) -> nn.Module:
     block = recast(block, EVOLVING[type(block)])
     block.attn = recast(block.attn, EVOLVING[type(block.attn)])
     head_dim = block.attn.proj.in_features // block.attn.num_heads
-    defaults = dict(  # of what not every layer and not every version of timm has
+    defaults = dict(  # of attributes that some layers, or older versions of timm, lack
         gate=None, q_bias=None, num_kv_groups=1, rotate_half=False, head_dim=head_dim)
     for key, default in defaults.items():
         if not hasattr(block.attn, key):
@@ -244,13 +238,14 @@ class EvolvingVit(EvolvingModel):
         self.keep_ratio = self.keep_ratio[:len(self.stage_starts)]
         self._set_schedule()
 
-    @torch.jit.unused
     def _set_schedule(self) -> None:
-        self.blocks.set_schedule(*self._build_schedules(self.blocks.tradeoff, self.stage_starts, self.keep_ratio))
+        starts = dict(zip(self.stage_starts, self.keep_ratio))
+        self.blocks.set_schedule(*self._build_schedules(self.blocks.tradeoff, starts))
 
     def _current_args(self) -> Dict[str, Any]:
-        args = dict(img_size=self.patch_embed.img_size, in_chans=self.in_chans, global_pool=self.global_pool)
-        return {**args, **self._norm_args()}
+        embed = self.patch_embed
+        args = dict(img_size=embed.img_size, patch_size=embed.patch_size)
+        return dict(args, in_chans=self.in_chans, global_pool=self.global_pool, **self._norm_args())
 
     def _norm_args(self) -> Dict[str, Any]:
         """Arguments that say where the norms are: reset_classifier changes the pooling and leaves them there."""
@@ -264,11 +259,6 @@ class EvolvingVit(EvolvingModel):
                 f"A wrapper of TimmWrapperConfig(architecture='evo_vit', model_args={self.model_args}) comes back "
                 'evolving.', stacklevel=2)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    @torch.jit.unused
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        super().set_grad_checkpointing(enable)
-        self.blocks.grad_checkpointing = enable
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> List[int]:
         take_indices = super().prune_intermediate_layers(*args, **kwargs)
@@ -337,7 +327,6 @@ class EvolvingVit(EvolvingModel):
             return intermediates
         return self.norm(x), intermediates
 
-    @torch.jit.unused
     def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
         grid_size = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         x, state = self._embed(x)
@@ -412,16 +401,12 @@ def evolve(
     Args:
         model: Built VisionTransformer, VisionTransformerDistilled or Eva, or one in the wrapper that
             `features_only=True` makes.
-        keep_ratio, stages, slow_tokens, tradeoff, selection, layer_to_stage_epochs: As in `EvoVisionTransformer`. By
-            similarity, one keep ratio is the geometric mean of a series that falls from stage to stage, to three
-            decimals.
+        keep_ratio, stages, slow_tokens, tradeoff, selection, layer_to_stage_epochs: As in `EvoVisionTransformer`.
         representative_token: As in `EvoVisionTransformer`. Default: True where class attention finds slow tokens.
 
     Raises:
-        TypeError: The model, its blocks or its attention are of a kind that cannot evolve, or an argument is of the
-            wrong kind.
-        ValueError: The model has no class token to find slow tokens by, or an argument is out of range or of the wrong
-            length.
+        TypeError: The model, its blocks or its attention cannot evolve, or an argument is of the wrong kind.
+        ValueError: There is no class token to find slow tokens by, or an argument is out of range or of wrong length.
     """
     if representative_token is None:
         representative_token = slow_tokens == 'attention'

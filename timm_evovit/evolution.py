@@ -12,7 +12,7 @@ knows no model. Shapes use B images, N tokens of which P are prefix tokens, n = 
 import math
 from fractions import Fraction
 from functools import partial
-from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.models import checkpoint
@@ -31,8 +31,7 @@ class Schedule(NamedTuple):
     def build(
             cls,
             tradeoff: Sequence[float],
-            stages: Sequence[int],
-            keep_ratio: Sequence[float],
+            starts: Dict[int, float],
             selection: str = 'stage',
             slow_tokens: str = 'attention',
     ) -> 'Schedule':
@@ -40,12 +39,10 @@ class Schedule(NamedTuple):
 
         Args:
             tradeoff: Weight of each block's class attention in the global class attention.
-            stages: First block of each evolution stage, ascending.
-            keep_ratio: Ratio of slow tokens to patches in each stage, 1 for a stage that updates all of them.
+            starts: First block of each evolution stage, and its ratio of slow tokens to patches, 1 to update them all.
             selection: 'stage', or 'layer' for stages of one block.
             slow_tokens: Find slow tokens by class 'attention' or by 'similarity'.
         """
-        starts = dict(zip(stages, keep_ratio))
         stage_keep_ratio: List[Optional[Tuple[int, int]]] = []
         matching_rounds, nested = [], []
         seen: List[float] = []  # ratio of the patches that a block sees
@@ -233,12 +230,9 @@ def split_tokens(
 @torch.fx.wrap
 def add_tokens(x: torch.Tensor, token_idx: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Add tokens (B, m, C) to those of x (B, M, C) at the indices (B, m). x may change in place."""
-    rows, idx = x.flatten(0, 1), flat_idx(token_idx, x.shape[1])
     if torch.jit.is_tracing():  # the ONNX exporter without torch.export loses repeated indices of index_add
-        rows = rows.scatter_add(0, idx.unsqueeze(1).expand(-1, x.shape[2]), tokens.flatten(0, 1))
-    else:
-        rows = rows.index_add_(0, idx, tokens.flatten(0, 1))
-    return rows.view_as(x)
+        return x.scatter_add(1, token_idx.unsqueeze(2).expand_as(tokens), tokens)
+    return x.flatten(0, 1).index_add_(0, flat_idx(token_idx, x.shape[1]), tokens.flatten(0, 1)).view_as(x)
 
 
 @torch.fx.wrap
@@ -369,7 +363,6 @@ class Stages:
             x, global_attn, keep_ratio, self.num_prefix_tokens, self.representative_token)
         self.states.append(stage)
         self.keep_idx = keep_idx
-        self.slow_idx = stage.slow_idx
         self.member_idx = stage.member_idx
         group_idx = stage.slow_idx[:, self.num_prefix_tokens:] - self.num_prefix_tokens
         self.selections.append(Selection(block, group_idx, num_kept(self.num_patches, keep_ratio), global_attn))
@@ -457,10 +450,9 @@ class EvolvingSequential(nn.Sequential):
         self.num_prefix_tokens = num_prefix_tokens
         self.representative_token = representative_token
         self.grad_checkpointing = False
-        dense = Schedule.build(self.tradeoff, (), ())
+        dense = Schedule.build(self.tradeoff, {})
         self.set_schedule(dense, dense)
 
-    @torch.jit.unused
     def set_schedule(self, schedule: Schedule, training_schedule: Schedule) -> None:
         """Set the schedule, and the one of training mode."""
         self.schedule = schedule
@@ -483,7 +475,7 @@ class EvolvingSequential(nn.Sequential):
         )
         part.set_schedule(self.schedule.part(0, stop), self.training_schedule.part(0, stop))
         part.grad_checkpointing = self.grad_checkpointing
-        part.training = self.training  # and not that of the blocks, each of which has its own
+        part.training = self.training  # not `part.train(...)`: each block keeps its own mode
         return part
 
     def forward(self, x: torch.Tensor, state: Optional[EvolutionState] = None) -> torch.Tensor:

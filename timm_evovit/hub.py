@@ -10,7 +10,6 @@ from torch import nn
 from .base import EvolvingModel
 
 HUB_VARIABLE = 'TIMM_EVOVIT_HUB'
-DRIVE_FILE = 'https://drive.google.com/file/d/{}/view'
 PUBLISHED = {  # the authors' checkpoints: ImageNet-1k top-1 in the paper, file on Google Drive
     'evo_deit_tiny_patch16_224': (72.0, '1AL4uHGHvCoFXkrtHRgf4XmurgRs5-qab'),
     'evo_deit_small_patch16_224': (79.4, '1AiD1J-z9klr72-zczkJzX1HHVlxO7iin'),

@@ -17,7 +17,7 @@ from timm.models import clean_state_dict, list_models, save_for_hf, split_model_
 from timm.models._hub import generate_readme
 
 from ..checkpoints import rename_authors
-from ..hub import DRIVE_FILE, PUBLISHED
+from ..hub import PUBLISHED
 
 DROPPED = {  # what a model may have no place for: reason, and beginnings of the keys
     'copies of tensors under blocks': ('stage_blocks.',),
@@ -91,7 +91,7 @@ def _download(name: str) -> Path:
     except Exception as e:
         raise RuntimeError(
             f'{path} was not downloaded: {e}\nThe download needs gdown (pip install gdown), the next try goes on. Or '
-            f'download {DRIVE_FILE.format(file_id)} in a browser and pass the file.') from e
+            f'download https://drive.google.com/file/d/{file_id}/view in a browser and pass the file.') from e
     return path
 
 
