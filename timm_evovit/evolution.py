@@ -188,6 +188,14 @@ def take_tokens(x: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
     return rows.view(token_idx.shape[0], token_idx.shape[1], x.shape[2])
 
 
+def sequence_idx(patch_idx: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
+    """Indices (B, m) of patches to indices (B, P + m) of tokens, those of the prefix tokens first."""
+    position = torch.arange(num_prefix_tokens + patch_idx.shape[1], device=patch_idx.device)
+    # one kernel when compiled; a cat of both would be three
+    return torch.where(
+        position < num_prefix_tokens, position, F.pad(patch_idx + num_prefix_tokens, [num_prefix_tokens, 0]))
+
+
 @torch.fx.wrap
 def split_tokens(
         x: torch.Tensor,
@@ -212,8 +220,7 @@ def split_tokens(
     n = N - num_prefix_tokens
     K = num_kept(n, keep_ratio)
     kept_attn, keep_idx = global_attn.topk(K, dim=1, sorted=False)
-    prefix_idx = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
-    token_idx = torch.cat([prefix_idx, keep_idx + num_prefix_tokens], dim=1)
+    token_idx = sequence_idx(keep_idx, num_prefix_tokens)
     slow = take_tokens(x, token_idx)
     order = torch.arange(num_prefix_tokens + K, device=x.device).expand(B, -1)
     slow_idx = torch.full((B, N), num_prefix_tokens + K, dtype=torch.int64, device=x.device)
@@ -289,13 +296,11 @@ def group_tokens(
     Returns:
         The stage, whose slow tokens are means over patches, and the sizes of its tokens, (B, P + num_groups).
     """
-    B = x.shape[0]
     if sizes is None:
         sizes = torch.ones_like(x[:, :, 0], dtype=at_least_float32(x))
     group_idx, token_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
-    prefix_idx = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
-    slow_idx = torch.cat([prefix_idx, group_idx + num_prefix_tokens], dim=1)
-    member_idx = torch.cat([prefix_idx, token_idx[:, :num_groups] + num_prefix_tokens], dim=1)
+    slow_idx = sequence_idx(group_idx, num_prefix_tokens)
+    member_idx = sequence_idx(token_idx[:, :num_groups], num_prefix_tokens)
     joined_idx = token_idx[:, num_groups:] + num_prefix_tokens
     into = slow_idx.gather(1, joined_idx)
     joined_sizes = sizes.gather(1, joined_idx)
