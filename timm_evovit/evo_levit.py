@@ -297,8 +297,8 @@ class EvoLevit(EvolvingModel, levit.LevitDistilled):
                 starts[first] = self.keep_ratio[i]
             bounds.append(len(tradeoff))
         schedules = self._build_schedules(tradeoff, starts)
-        for stage, first, end in zip(self.stages, bounds, bounds[1:]):
-            stage.set_schedule(*(schedule.part(first, end) for schedule in schedules))
+        for stage, start, end in zip(self.stages, bounds, bounds[1:]):
+            stage.set_schedule(*(schedule.part(start, end) for schedule in schedules))
 
     def _current_args(self) -> Dict[str, Any]:
         return dict(img_size=self.img_size, in_chans=self.in_chans, global_pool=self.global_pool)

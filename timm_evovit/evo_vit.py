@@ -60,8 +60,8 @@ class EvolvingAttention(nn.Module):
             k, v = k.repeat_interleave(self.num_kv_groups, dim=1), v.repeat_interleave(self.num_kv_groups, dim=1)
         if context is not None and context.needs_class_attn:
             # keys first: they are copied by rows, which is several times faster on a CPU
-            scores = (k @ q[:, :, :1].transpose(-2, -1)).squeeze(-1) * self.scale
-            context.class_attn = evolution.class_attention(scores)
+            class_scores = (k @ q[:, :, :1].transpose(-2, -1)).squeeze(-1) * self.scale
+            context.class_attn = evolution.class_attention(class_scores)
         if self.fused_attn:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=self.attn_drop.p if self.training else 0.)

@@ -54,7 +54,8 @@ class Setting:
         self.amp_dtype = amp_dtype
         self.multiply_adds = 0  # of a picture
         self.seconds: List[float] = []  # per batch, one of each round
-        self.top1 = self.top5 = self.agree = self.lost = self.gained = 0  # pictures; the last three: the dense model's
+        # numbers of pictures; the last two are those that only one of this and the dense model gets right
+        self.top1 = self.top5 = self.agree = self.only_dense_right = self.only_right = 0
 
     def prepare(self) -> None:
         if self.keep_ratio is not None:
@@ -115,8 +116,8 @@ def compare(settings: Sequence[Setting], images: torch.Tensor, target: Optional[
             right, dense_right = top5[:, 0] == target, dense[:, 0] == target
             setting.top1 += int(right.sum())
             setting.top5 += int((top5 == target[:, None]).sum())
-            setting.lost += int((dense_right & ~right).sum())
-            setting.gained += int((right & ~dense_right).sum())
+            setting.only_dense_right += int((dense_right & ~right).sum())
+            setting.only_right += int((right & ~dense_right).sum())
 
 
 def interval_of_difference(lost: int, gained: int, n: int) -> Tuple[float, float]:
@@ -144,8 +145,8 @@ def summarize(settings: Sequence[Setting], n: int, batch_size: int, labels: bool
 
     rows = []
     for s in settings:
-        lost = s.lost - s.gained if labels else n - s.agree
-        span = interval_of_difference(s.lost, s.gained, n) if labels else interval_of_ratio(lost, n)
+        lost = s.only_dense_right - s.only_right if labels else n - s.agree
+        span = interval_of_difference(s.only_dense_right, s.only_right, n) if labels else interval_of_ratio(lost, n)
         rows.append({
             'keep_ratio': s.keep_ratio,
             **({'top1': 100 * s.top1 / n, 'top5': 100 * s.top5 / n} if labels else {}),
