@@ -346,6 +346,20 @@ def test_large_groups_in_bfloat16():
     assert stage.slow.dtype == torch.bfloat16 and abs(stage.slow[0, 0].item() - mean.item()) < 0.01
 
 
+@pytest.mark.parametrize('value', ['nan', 'inf'])
+@pytest.mark.parametrize('broken', [0, 2])
+@torch.no_grad()
+def test_nan_in_nan_out(broken, value):
+    """An image that is not finite spoils no other, and is no error: so it is in training that overflows."""
+    evolved = evolve(build())
+    x = images_for(evolved)
+    expected = evolved(x)
+    x[broken] = float(value)
+    y = evolved(x)
+    others = [i for i in range(3) if i != broken]
+    assert y[broken].isnan().all() and torch.equal(y[others], expected[others])
+
+
 def test_a_zero_token_in_half_precision_is_like_no_other():
     tokens = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
     tokens[:, 3] = 0

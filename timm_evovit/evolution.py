@@ -264,6 +264,7 @@ def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, t
     scores = (tokens[:, ::2] / lengths[:, ::2].unsqueeze(2)) @ tokens[:, 1::2].transpose(1, 2)
     scores = scores / lengths[:, 1::2].unsqueeze(1)
     best, partner = F.pad(scores, [0, 1], value=-2.).max(dim=2)  # a column more: max fails where there is none
+    best = torch.where(best == best, best, -2.)  # NaN: as many tokens join all the same
     # counted by hand: a stable sort is not known to ONNX, and another resolves ties as it likes
     least = best.topk(larger(1, num_joined), dim=1).values[:, -1:]
     above, ties = best > least, best == least
