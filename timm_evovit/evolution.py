@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 class Schedule(NamedTuple):
     """Where a sequence of blocks selects tokens and where it tracks global class attention, one entry per block."""
-    stage_keep_fraction: List[Optional[Tuple[int, int]]]  # numerator and denominator where a stage starts, else None
+    stage_keep_ratio: List[Optional[Tuple[int, int]]]  # numerator and denominator where a stage starts, else None
     matching_rounds: List[int]  # rounds of matching by similarity at the start of a stage, 0 to select by attention
     nested: List[bool]  # a stage that starts here groups the slow tokens of the one before, which goes on around it
     needs_class_attention: List[bool]  # a later selection reads the global class attention as it is after this block
@@ -43,7 +43,7 @@ class Schedule(NamedTuple):
             selection: 'stage', or 'layer' for stages of one block.
             slow_tokens: Find slow tokens by class 'attention' or by 'similarity'.
         """
-        stage_keep_fraction: List[Optional[Tuple[int, int]]] = []
+        stage_keep_ratio: List[Optional[Tuple[int, int]]] = []
         matching_rounds, nested = [], []
         seen: List[float] = []  # ratio of the patches that a block sees
         for i in range(len(tradeoff)):
@@ -54,7 +54,7 @@ class Schedule(NamedTuple):
             if slow_tokens == 'similarity':
                 selects, goes_on = i in starts and (before == 1 or seen[i] != before), seen[i] < before < 1
                 rounds = num_matching_rounds(before if goes_on else 1., seen[i])
-            stage_keep_fraction.append(as_fraction(seen[i]) if selects else None)
+            stage_keep_ratio.append(as_fraction(seen[i]) if selects else None)
             matching_rounds.append(rounds)
             nested.append(goes_on)
         needs_class_attention = []
@@ -63,9 +63,9 @@ class Schedule(NamedTuple):
             needs_class_attention.append(read)
             if seen[i] == 1 and tradeoff[i] == 1:
                 read = False  # this block replaces every entry, what was there before is not read
-            selects_by_attention = stage_keep_fraction[i] is not None and matching_rounds[i] == 0
+            selects_by_attention = stage_keep_ratio[i] is not None and matching_rounds[i] == 0
             read = read or (selects_by_attention and seen[i] < 1)
-        return cls(stage_keep_fraction, matching_rounds, nested, needs_class_attention[::-1])
+        return cls(stage_keep_ratio, matching_rounds, nested, needs_class_attention[::-1])
 
     def part(self, start: int, stop: Optional[int] = None) -> 'Schedule':
         """The schedule of the blocks start .. stop - 1."""
@@ -138,9 +138,9 @@ def larger(a: int, b: int) -> int:
 
 
 @torch.fx.wrap
-def num_kept(num_patches: int, keep_fraction: Tuple[int, int]) -> int:
-    """Number of slow tokens: `num_patches * keep_fraction`, rounded down, at least one."""
-    return larger(1, num_patches * keep_fraction[0] // keep_fraction[1])
+def num_kept(num_patches: int, keep_ratio: Tuple[int, int]) -> int:
+    """Number of slow tokens: `num_patches * keep_ratio`, rounded down, at least one."""
+    return larger(1, num_patches * keep_ratio[0] // keep_ratio[1])
 
 
 def num_matching_rounds(before: float, after: float) -> int:
@@ -200,7 +200,7 @@ def sequence_idx(patch_idx: torch.Tensor, num_prefix_tokens: int) -> torch.Tenso
 def split_tokens(
         x: torch.Tensor,
         global_attn: torch.Tensor,
-        keep_fraction: Tuple[int, int],
+        keep_ratio: Tuple[int, int],
         num_prefix_tokens: int,
         representative_token: bool,
 ) -> Tuple[StageState, torch.Tensor, torch.Tensor]:
@@ -209,7 +209,7 @@ def split_tokens(
     Args:
         x: Tokens (B, N, C).
         global_attn: Global class attention (B, n).
-        keep_fraction: Ratio of informative patches, numerator and denominator.
+        keep_ratio: Ratio of informative patches, numerator and denominator.
         num_prefix_tokens: Number of tokens in front of the patches, P.
         representative_token: Append the mean of the placeholders, weighted by `global_attn`, if there are any.
 
@@ -218,7 +218,7 @@ def split_tokens(
     """
     B, N, _ = x.shape
     n = N - num_prefix_tokens
-    K = num_kept(n, keep_fraction)
+    K = num_kept(n, keep_ratio)
     kept_attn, keep_idx = global_attn.topk(K, dim=1, sorted=False)
     token_idx = sequence_idx(keep_idx, num_prefix_tokens)
     slow = take_tokens(x, token_idx)
@@ -362,24 +362,24 @@ class Stages:
         self.sizes = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, P + M) number of patches of each token
 
     def begin_by_attention(
-            self, block: int, x: torch.Tensor, keep_fraction: Tuple[int, int], global_attn: torch.Tensor,
+            self, block: int, x: torch.Tensor, keep_ratio: Tuple[int, int], global_attn: torch.Tensor,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Select informative patches of a complete sequence; returns slow tokens and their global class attention."""
         stage, keep_idx, kept_attn = split_tokens(
-            x, global_attn, keep_fraction, self.num_prefix_tokens, self.representative_token)
+            x, global_attn, keep_ratio, self.num_prefix_tokens, self.representative_token)
         self.states.append(stage)
         self.keep_idx = keep_idx
         self.member_idx = stage.member_idx
         group_idx = stage.slow_idx[:, self.num_prefix_tokens:] - self.num_prefix_tokens
-        self.selections.append(Selection(block, group_idx, num_kept(self.num_patches, keep_fraction), global_attn))
+        self.selections.append(Selection(block, group_idx, num_kept(self.num_patches, keep_ratio), global_attn))
         return stage.slow, kept_attn
 
     def begin_by_similarity(
-            self, block: int, x: torch.Tensor, keep_fraction: Tuple[int, int], rounds: int,
+            self, block: int, x: torch.Tensor, keep_ratio: Tuple[int, int], rounds: int,
     ) -> torch.Tensor:
         """Group like tokens, also those of a stage that goes on; returns slow tokens."""
         P = self.num_prefix_tokens
-        num_groups = num_kept(self.num_patches, keep_fraction)
+        num_groups = num_kept(self.num_patches, keep_ratio)
         for _ in range(rounds):
             stage, sizes = group_tokens(x, self.sizes, larger(num_groups, (x.shape[1] - P) // 2), P)
             self.states.append(stage)
@@ -494,25 +494,25 @@ class EvolvingSequential(nn.Sequential):
         bias: Optional[torch.Tensor] = None
         block_rope: Optional[torch.Tensor] = None
         for i, block in enumerate(self):
-            keep_fraction = schedule.stage_keep_fraction[i]
-            if keep_fraction is not None:
+            keep_ratio = schedule.stage_keep_ratio[i]
+            if keep_ratio is not None:
                 if not schedule.nested[i]:
                     x, global_attn = stages.merge(x), stages.merge_attn(global_attn)
                     stages = Stages(x, self.num_prefix_tokens, self.representative_token)
                     x = block.grid(x)
-                if keep_fraction[0] < keep_fraction[1]:
+                if keep_ratio[0] < keep_ratio[1]:
                     if schedule.matching_rounds[i] > 0:
-                        x = stages.begin_by_similarity(i, x, keep_fraction, schedule.matching_rounds[i])
+                        x = stages.begin_by_similarity(i, x, keep_ratio, schedule.matching_rounds[i])
                     else:
                         assert global_attn is not None, 'tokens cannot be selected before any class attention is known'
-                        x, global_attn = stages.begin_by_attention(i, x, keep_fraction, global_attn)
+                        x, global_attn = stages.begin_by_attention(i, x, keep_ratio, global_attn)
                     state.selections.append(stages.selections[-1])
                 bias = stages.attention_bias(x)
             if not schedule.needs_class_attention[i]:
                 global_attn = None
             needs_class_attn = schedule.needs_class_attention[i] and (
                 global_attn is None or tradeoff is not None or self.tradeoff[i] > 0)
-            if rope is not None and (i == 0 or keep_fraction is not None or state.rope_per_block):
+            if rope is not None and (i == 0 or keep_ratio is not None or state.rope_per_block):
                 block_rope = stages.divide_rope(rope[i if state.rope_per_block else 0])
             class_attn: Optional[torch.Tensor] = None
             plain = not needs_class_attn and bias is None and block_rope is None
