@@ -235,15 +235,15 @@ def split_tokens(
 
 
 @torch.fx.wrap
-def add_tokens(x: torch.Tensor, token_idx: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Add tokens (B, m, C) to those of x (B, M, C) at the indices (B, m). x may change in place."""
+def add_rows(x: torch.Tensor, idx: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Add rows (m, C) to those of x (M, C) at the indices (m). x may change in place."""
     if torch.jit.is_tracing():  # the ONNX exporter without torch.export loses repeated indices of index_add
-        return x.scatter_add(1, token_idx.unsqueeze(2).expand_as(tokens), tokens)
-    return x.flatten(0, 1).index_add_(0, flat_idx(token_idx, x.shape[1]), tokens.flatten(0, 1)).view_as(x)
+        return x.scatter_add(0, idx.unsqueeze(1).expand_as(rows), rows)
+    return x.index_add_(0, idx, rows)
 
 
 @torch.fx.wrap
-def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One round of bipartite matching (ToMe, https://arxiv.org/abs/2210.09461, section 3).
 
     Every second token looks for the most similar one of the others, by cosine similarity. The most similar pairs are
@@ -255,8 +255,8 @@ def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, t
         num_groups: Number of groups, n // 2 at least.
 
     Returns:
-        Group of each token, (B, n), and indices of all tokens, (B, n): first those that stay, one for each group, then
-        those that join them.
+        Group of each token, (B, n), indices of the tokens that stay, one for each group, (B, num_groups), and of those
+        that join them, (B, n - num_groups).
     """
     n = tokens.shape[1]
     num_joined = n - num_groups
@@ -276,7 +276,9 @@ def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, t
     partner_idx = (2 * partner.index_select(1, pair) + 1).clamp_max(n - 1)
     order = torch.where(joined, num_groups - 1 + position - number, number)
     token_idx = torch.zeros_like(order).scatter(1, order, position.expand_as(order))
-    return torch.where(joined, number.gather(1, partner_idx), number), token_idx
+    # slices would make the size of a stage an expression of those of all stages before, slow for torch.export
+    stay_idx, join_idx = token_idx.split_with_sizes([num_groups, num_joined], dim=1)
+    return torch.where(joined, number.gather(1, partner_idx), number), stay_idx, join_idx
 
 
 @torch.fx.wrap
@@ -299,16 +301,18 @@ def group_tokens(
     """
     if sizes is None:
         sizes = torch.ones_like(x[:, :, 0], dtype=at_least_float32(x))
-    group_idx, token_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
+    group_idx, stay_idx, join_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
     slow_idx = sequence_idx(group_idx, num_prefix_tokens)
-    member_idx = sequence_idx(token_idx[:, :num_groups], num_prefix_tokens)
-    joined_idx = token_idx[:, num_groups:] + num_prefix_tokens
-    into = slow_idx.gather(1, joined_idx)
-    joined_sizes = sizes.gather(1, joined_idx)
-    slow_sizes = sizes.gather(1, member_idx).scatter_add(1, into, joined_sizes)
-    weight = (joined_sizes / slow_sizes.gather(1, into)).unsqueeze(2)
+    member_idx = sequence_idx(stay_idx, num_prefix_tokens)
+    join_idx = join_idx + num_prefix_tokens
+    into = slow_idx.gather(1, join_idx)
+    join_sizes = sizes.gather(1, join_idx)
+    slow_sizes = sizes.gather(1, member_idx).scatter_add(1, into, join_sizes)
+    weight = (join_sizes / slow_sizes.gather(1, into)).flatten().unsqueeze(1)
     slow = take_tokens(x, member_idx).to(weight.dtype)  # sums need more than half precision
-    slow = add_tokens(slow, into, weight * (take_tokens(x, joined_idx) - take_tokens(slow, into)))
+    rows, into = slow.flatten(0, 1), flat_idx(into, num_prefix_tokens + num_groups)
+    joining = x.flatten(0, 1).index_select(0, flat_idx(join_idx, x.shape[1]))
+    slow = add_rows(rows, into, weight * (joining - rows.index_select(0, into))).view_as(slow)
     return StageState(x, slow.to(x.dtype), slow_idx, member_idx, False), slow_sizes
 
 
