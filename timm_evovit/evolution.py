@@ -188,14 +188,6 @@ def take_tokens(x: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
     return rows.view(token_idx.shape[0], token_idx.shape[1], x.shape[2])
 
 
-def sequence_idx(patch_idx: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
-    """Indices (B, m) of patches to indices (B, P + m) of tokens, those of the prefix tokens first."""
-    position = torch.arange(num_prefix_tokens + patch_idx.shape[1], device=patch_idx.device)
-    # one kernel when compiled; a cat of both would be three
-    return torch.where(
-        position < num_prefix_tokens, position, F.pad(patch_idx + num_prefix_tokens, [num_prefix_tokens, 0]))
-
-
 @torch.fx.wrap
 def split_tokens(
         x: torch.Tensor,
@@ -220,7 +212,8 @@ def split_tokens(
     n = N - num_prefix_tokens
     K = num_kept(n, keep_ratio)
     kept_attn, keep_idx = global_attn.topk(K, dim=1, sorted=False)
-    token_idx = sequence_idx(keep_idx, num_prefix_tokens)
+    prefix_idx = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
+    token_idx = torch.cat([prefix_idx, keep_idx + num_prefix_tokens], dim=1)
     slow = take_tokens(x, token_idx)
     order = torch.arange(num_prefix_tokens + K, device=x.device).expand(B, -1)
     slow_idx = torch.full((B, N), num_prefix_tokens + K, dtype=torch.int64, device=x.device)
@@ -235,15 +228,24 @@ def split_tokens(
 
 
 @torch.fx.wrap
-def add_rows(x: torch.Tensor, idx: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Add rows (m, C) to those of x (M, C) at the indices (m). x may change in place."""
+def group_sums(tokens: torch.Tensor, weight: torch.Tensor, group_idx: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Sums (B, num_groups, C) of the tokens (B, n, C) in each group, weighted by (B, n); `group_idx` is (B, n).
+
+    They are summed in the precision of the weights.
+    """
+    B, n, C = tokens.shape
+    rows = (tokens * weight.unsqueeze(2)).reshape(B * n, C)
+    idx = flat_idx(group_idx, num_groups)
+    out = rows.new_zeros(B * num_groups, C)
     if torch.jit.is_tracing():  # the ONNX exporter without torch.export loses repeated indices of index_add
-        return x.scatter_add(0, idx.unsqueeze(1).expand_as(rows), rows)
-    return x.index_add_(0, idx, rows)
+        out = out.scatter_add(0, idx.unsqueeze(1).expand(-1, C), rows)
+    else:
+        out.index_add_(0, idx, rows)  # in place: a copy fewer
+    return out.view(B, num_groups, C).to(tokens.dtype)
 
 
 @torch.fx.wrap
-def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """One round of bipartite matching (ToMe, https://arxiv.org/abs/2210.09461, section 3).
 
     Every second token looks for the most similar one of the others, by cosine similarity. The most similar pairs are
@@ -255,30 +257,27 @@ def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, t
         num_groups: Number of groups, n // 2 at least.
 
     Returns:
-        Group of each token, (B, n), indices of the tokens that stay, one for each group, (B, num_groups), and of those
-        that join them, (B, n - num_groups).
+        Group of each token, (B, n), and of each group the odd or unmatched even token, (B, num_groups), in the order of
+        which they are numbered.
     """
     n = tokens.shape[1]
-    num_joined = n - num_groups
-    lengths = torch.linalg.vector_norm(tokens, dim=-1).clamp_min(1e-6)  # not zero in half precision
-    scores = (tokens[:, ::2] / lengths[:, ::2].unsqueeze(2)) @ tokens[:, 1::2].transpose(1, 2)
-    scores = scores / lengths[:, 1::2].unsqueeze(1)
+    other = tokens[:, 1::2]
+    eps = 1e-6  # not zero in half precision
+    scores = F.normalize(tokens[:, ::2], dim=-1, eps=eps) @ other.transpose(1, 2)
+    scores = scores / torch.linalg.vector_norm(other, dim=-1).clamp_min(eps).unsqueeze(1)
     best, partner = F.pad(scores, [0, 1], value=-2.).max(dim=2)  # a column more: max fails where there is none
-    best = torch.where(best == best, best, -2.)  # NaN: as many tokens join all the same
-    # counted by hand: a stable sort is not known to ONNX, and another resolves ties as it likes
-    least = best.topk(larger(1, num_joined), dim=1).values[:, -1:]
-    above, ties = best > least, best == least
-    joins = above | (ties & (ties.long().cumsum(dim=1) <= num_joined - above.sum(dim=1, keepdim=True)))
+    # rank by comparison: a stable sort is not known to ONNX, and another resolves ties as it likes
+    mine, others = best.unsqueeze(2), best.unsqueeze(1)
     position = torch.arange(n, device=tokens.device)
+    earlier = position[::2] < position[::2].unsqueeze(1)
+    rank = ((others > mine) | ((others == mine) & earlier)).sum(dim=2)
     pair = position // 2  # of an even token and the odd one that follows
-    joined = joins.index_select(1, pair) & (position % 2 == 0)
+    joined = (rank < n - num_groups).index_select(1, pair) & (position % 2 == 0)
     number = (~joined).long().cumsum(dim=1) - 1
     partner_idx = (2 * partner.index_select(1, pair) + 1).clamp_max(n - 1)
-    order = torch.where(joined, num_groups - 1 + position - number, number)
-    token_idx = torch.zeros_like(order).scatter(1, order, position.expand_as(order))
-    # slices would make the size of a stage an expression of those of all stages before, slow for torch.export
-    stay_idx, join_idx = token_idx.split_with_sizes([num_groups, num_joined], dim=1)
-    return torch.where(joined, number.gather(1, partner_idx), number), stay_idx, join_idx
+    centre_idx = position.new_zeros(tokens.shape[0], num_groups).scatter_add(
+        1, number.clamp_min(0), torch.where(joined, 0, position))
+    return torch.where(joined, number.gather(1, partner_idx), number), centre_idx
 
 
 @torch.fx.wrap
@@ -299,21 +298,16 @@ def group_tokens(
     Returns:
         The stage, whose slow tokens are means over patches, and the sizes of its tokens, (B, P + num_groups).
     """
+    B = x.shape[0]
     if sizes is None:
         sizes = torch.ones_like(x[:, :, 0], dtype=at_least_float32(x))
-    group_idx, stay_idx, join_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
-    slow_idx = sequence_idx(group_idx, num_prefix_tokens)
-    member_idx = sequence_idx(stay_idx, num_prefix_tokens)
-    join_idx = join_idx + num_prefix_tokens
-    into = slow_idx.gather(1, join_idx)
-    join_sizes = sizes.gather(1, join_idx)
-    slow_sizes = sizes.gather(1, member_idx).scatter_add(1, into, join_sizes)
-    weight = (join_sizes / slow_sizes.gather(1, into)).flatten().unsqueeze(1)
-    slow = take_tokens(x, member_idx).to(weight.dtype)  # sums need more than half precision
-    rows, into = slow.flatten(0, 1), flat_idx(into, num_prefix_tokens + num_groups)
-    joining = x.flatten(0, 1).index_select(0, flat_idx(join_idx, x.shape[1]))
-    slow = add_rows(rows, into, weight * (joining - rows.index_select(0, into))).view_as(slow)
-    return StageState(x, slow.to(x.dtype), slow_idx, member_idx, False), slow_sizes
+    group_idx, centre_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
+    prefix_idx = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
+    slow_idx = torch.cat([prefix_idx, group_idx + num_prefix_tokens], dim=1)
+    slow_sizes = sizes.new_zeros(B, num_prefix_tokens + num_groups).scatter_add(1, slow_idx, sizes)
+    slow = group_sums(x, sizes / slow_sizes.gather(1, slow_idx), slow_idx, num_prefix_tokens + num_groups)
+    member_idx = torch.cat([prefix_idx, centre_idx + num_prefix_tokens], dim=1)
+    return StageState(x, slow, slow_idx, member_idx, False), slow_sizes
 
 
 @torch.fx.wrap
