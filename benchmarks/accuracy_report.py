@@ -229,7 +229,7 @@ def plot(comparisons: List[Dict[str, Any]], path: Path) -> None:
         raise SystemExit('no run has begun, there is nothing to plot')
     columns = 3 if any(comparison['variants'] for comparison in comparisons) else 1  # speed is that of finished runs
     figure, axes = plt.subplots(
-        len(comparisons), columns, figsize=(4.3 * columns, 4.2 * len(comparisons)), squeeze=False, layout='constrained')
+        len(comparisons), columns, figsize=(3.5 * columns, 3.8 * len(comparisons)), squeeze=False, layout='constrained')
     for row, comparison in zip(axes, comparisons):
         for i, (variant, v) in enumerate(comparison['variants'].items()):
             style = dict(color=f'C{i}', label=variant)
@@ -243,15 +243,17 @@ def plot(comparisons: List[Dict[str, Any]], path: Path) -> None:
         for i, run in enumerate(comparison['unfinished'], len(comparison['variants'])):
             label = f"{run['variant']}, seed {run['seed']}, unfinished"
             row[0].plot(np.arange(1, len(run['top1']) + 1), run['top1'], ':', color=f'C{i}', label=label)
-        row[0].set(xlabel='epoch', ylabel='top-1 (%)', title='top-1 by epoch, mean of the seeds')
+        row[0].set(xlabel='epoch', ylabel='top-1 (%)', title='top-1 by epoch\n(mean of the seeds)')
         row[0].legend(frameon=False, loc='lower right')
         for axis, what in zip(row[1:], ('training', 'inference')):
-            axis.set(xlabel=f'{what}, times as fast as dense', ylabel='top-1 (%)', title=f'top-1 against {what} speed')
+            axis.set(
+                xlabel=f'{what}, times as fast as dense', ylabel='top-1 (%)',
+                title=f'top-1 against {what} speed\n(small: one seed)')
         for axis in row:
             axis.grid(alpha=0.3)
             axis.set_visible(axis.has_data())
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 

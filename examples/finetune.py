@@ -52,6 +52,8 @@ def main():
     classes = sorted(datasets[0].reader.class_to_idx, key=datasets[0].reader.class_to_idx.get)
     if list(datasets[1].reader.class_to_idx) != list(datasets[0].reader.class_to_idx):
         parser.error(f'--data-dir {args.data_dir}: train and validation must have the same classes')
+    if len(datasets[0]) < args.batch_size:
+        parser.error(f'--batch-size {args.batch_size} is more than the {len(datasets[0])} images for training')
 
     overlay = {'input_size': (3, args.img_size, args.img_size)} if args.img_size else None
     model = timm.create_model(

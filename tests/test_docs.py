@@ -10,6 +10,7 @@ import re
 import shlex
 from configparser import ConfigParser
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -154,6 +155,6 @@ def test_options_of_our_programs(page):
 @every_page
 def test_options_of_timms_scripts(page):
     for words in commands(page):
-        script = next((i for i, word in enumerate(words) if word in ('train.py', 'validate.py')), None)
+        script = next((i for i, word in enumerate(words) if word.endswith(('train.py', 'validate.py'))), None)
         if words[0] in ('python', 'torchrun') and script is not None:
-            check_options(words[script + 1:], TIMM_REPO / words[script])
+            check_options(words[script + 1:], TIMM_REPO / Path(words[script]).name)
