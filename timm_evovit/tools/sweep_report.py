@@ -66,7 +66,8 @@ def plot(report: Dict[str, Any]) -> Any:
     axis.plot(speed[chosen], dense - lost[chosen], 'o', color='black', mfc='none', ms=14, label='chosen')
     axis.axhline(dense - max_drop, color='0.3', ls='--', lw=1, label=f'{max_drop:g} points less')
     for x, y, row in list(zip(speed, dense - lost, rows))[first:]:
-        axis.annotate(f'{row["keep_ratio"]:g}', (x, y), (0, -9), textcoords='offset points', ha='center', va='top',
+        axis.annotate(
+            f'{row["keep_ratio"]:g}', (x, y), (0, -9), textcoords='offset points', ha='center', va='top',
             bbox={'color': 'white', 'pad': 0.5})
     axis.set_title(f'{report["model"]}, {report["images"]} pictures', fontsize=10, wrap=True)
     axis.set_xlabel(f'images per second, batch {report["batch_size"]}, {report["device"]}')
