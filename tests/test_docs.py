@@ -1,4 +1,4 @@
-"""README and docs: links, files and options that they name exist, and their Python code runs.
+"""README and docs: links, files and options that they name exist, and their Python code and commands run.
 
 A comment in front of a block of Python says if it is not run, and why, or what is replaced in it:
 
@@ -6,20 +6,43 @@ A comment in front of a block of Python says if it is not run, and why, or what 
     <!-- run: OLD => NEW; OLD => NEW -->
 """
 import ast
+import os
 import re
 import shlex
+import shutil
 from configparser import ConfigParser
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from programs import ROOT, TIMM_REPO, needs_timm_repo, run
+import timm
+import torch
+from PIL import Image
+from programs import EXAMPLES, ROOT, TIMM_REPO, needs_timm_repo, run, write_digits
 
 from timm_evovit.tools.cli import _parser
 
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
 BLOCK = re.compile(r'(?:<!-- (not run|run): ([^>\n]*(?:=>[^>\n]*)*) -->\n)?^( *)```(\w+)\n(.*?)^ *```$', re.DOTALL | re.MULTILINE)
+NOT_RUN = {  # beginning of a command, or a part of it: why it is not run here
+    r'(pip|git|python3|\.|mv|tar|cd|sed|export)( |$)': 'sets up a machine',
+    r'(ruff|mypy|pytest|TIMM_REPO=)': 'tests and checks',
+    r'.*/data/imagenet': 'needs ImageNet',
+    r'.*--push-to-hub': 'uploads to the Hub',
+    r'timm-evovit convert \S+ --output': 'downloads from Google Drive',
+    r'.*benchmarks/accuracy': 'takes hours; test_accuracy_program.py has it in small',
+    r'.*--suite': 'takes an hour; test_benchmarks.py has it in small',
+}
+IN_SMALL = {  # part of a command: arguments that take the place of those before, to run it in seconds
+    'examples/quickstart.py': '--epochs 1',
+    'examples/dense_features.py': '--steps 1 --batch-size 2',
+    'examples/finetune.py': '--epochs 1 --batch-size 16 --workers 0',
+    'benchmarks/speed.py': '-b 1 --img-size 64 --rounds 1 --warmup 0 --seconds 0',
+    'timm-evovit sweep': '-b 2 --rounds 1 --limit 8 --workers 0 --keep-ratio 0.5',
+    'train.py': '--epochs 1 -b 16 -j 1 --device cpu --experiment RUN',
+    'validate.py': '-j 1 --device cpu',
+}
 every_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
 
 
@@ -113,6 +136,60 @@ def test_python_runs(page, tmp_path):
     if program:
         (tmp_path / 'page.py').write_text(program)
         run(tmp_path / 'page.py', cwd=tmp_path)
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+    """A folder with what the commands of the pages need, and nothing else of the repository."""
+    folder = tmp_path_factory.mktemp('checkout')
+    for name in ('examples', 'benchmarks'):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / 'pytorch-image-models').symlink_to(TIMM_REPO)
+    write_digits(folder / 'flowers', per_class=14)
+    shutil.copytree(folder / 'flowers' / 'validation', folder / 'flowers' / 'test')
+    (folder / 'photos').mkdir()
+    for i, path in enumerate(sorted(folder.glob('flowers/test/*/*.png'))[:8]):
+        Image.open(path).save(folder / 'photos' / f'{i}.jpg')
+    weights = timm.create_model('evo_deit_small').state_dict()
+    torch.save({'model': weights}, folder / 'checkpoint.pth')
+    return folder
+
+
+def arguments_in_small(words):
+    """A command as a program and arguments, without weights from the Hub."""
+    line = ' '.join(words)
+    if '--pretrained' in words and 'local-dir:' not in line:
+        words = [word for word in words if word != '--pretrained']
+    added = [word for part, more in IN_SMALL.items() if part in line for word in more.split()]
+    if words[0] == 'timm-evovit':
+        main = 'import sys; from timm_evovit.tools.cli import main; sys.exit(main())'
+        return ['-c', main, *words[1:], *added]
+    assert words[0] == 'python', line
+    return [*words[1:], *added]
+
+
+@pytest.mark.slow
+@every_page
+def test_commands_run(page, checkout):
+    """One after the other, on little data."""
+    for words in commands(page):
+        line = ' '.join(words)
+        timms = 'pytorch-image-models/' in line
+        if any(re.match(part, line) for part in NOT_RUN) or (timms and 'TIMM_REPO' not in os.environ):
+            continue
+        if 'output/quickstart' in line and not (checkout / 'output' / 'quickstart').exists():
+            run(EXAMPLES / 'quickstart.py', '--epochs', 1, cwd=checkout)
+        checkpoint = checkout / 'output/train/RUN/model_best.pth.tar'
+        if '--checkpoint output/train/RUN' in line and not timms:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({'state_dict': timm.create_model('evo_deit_small', num_classes=10).state_dict()}, checkpoint)
+        run(*arguments_in_small(words), cwd=checkout)
+
+
+def test_what_is_not_run_is_there():
+    lines = [' '.join(words) for page in PAGES for words in commands(page)]
+    assert not [part for part in NOT_RUN if not any(re.match(part, line) for line in lines)]
+    assert not [part for part in IN_SMALL if not any(part in line for line in lines)]
 
 
 @every_page
