@@ -7,6 +7,7 @@ timm, which `import torch` must not.
 """
 import sys
 import warnings
+from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any, Callable
@@ -28,8 +29,8 @@ def _guard(what: str, function: Callable[[], Any]) -> None:
 
 
 def _load_plugins() -> None:
-    for entry_point in entry_points(group=TARGET):
-        _guard(f'timm plugin {entry_point.name} ({entry_point.value})', entry_point.load)
+    for plugin in entry_points(group=TARGET):
+        _guard(f'timm plugin {plugin.name} ({plugin.value})', plugin.load)
 
 
 class _Finder:
@@ -37,27 +38,19 @@ class _Finder:
 
     @classmethod
     def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != TARGET:
-            return None
-        sys.meta_path.remove(cls)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            loader, exec_module = spec.loader, spec.loader.exec_module
+        if fullname == TARGET:
+            sys.meta_path.remove(cls)
+            spec: Any = find_spec(fullname)
+            exec_module = spec.loader.exec_module
 
             def exec_module_and_plugins(module: Any) -> None:
-                del loader.exec_module  # the loader's own method again
                 exec_module(module)
                 _guard('timm plugins', _load_plugins)
 
-            loader.exec_module = exec_module_and_plugins  # type: ignore[method-assign]
-        return spec
-
-
-def _watch() -> None:
-    if _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
+            spec.loader.exec_module = exec_module_and_plugins
+            return spec
 
 
 def autoload() -> None:
     """Load the plugins once `timm.models` is imported. PyTorch calls this, once per process."""
-    _guard('timm plugins', _load_plugins if TARGET in sys.modules else _watch)
+    _guard('timm plugins', _load_plugins if TARGET in sys.modules else partial(sys.meta_path.insert, 0, _Finder))

@@ -58,9 +58,9 @@ def check_slow_tokens(slow_tokens: str, **by_attention: Any) -> None:
 
 
 def recast(module: nn.Module, cls: Any) -> Any:
-    """A module of another class, usually a subclass, that takes over the contents of `module`."""
+    """A module of another class, usually a subclass, restored from the state of `module`, which it shares."""
     out = cls.__new__(cls)
-    out.__dict__.update(module.__dict__)
+    out.__setstate__(vars(module))
     return out
 
 

@@ -12,9 +12,8 @@ from timm.utils import ParseKwargs
 from tqdm import tqdm
 
 from ..base import check
-from ..checkpoints import rename_authors
 from ..evo_vit import evolve
-from .convert import convert, count_classes, read_weights, upload
+from .convert import convert, count_classes, load_exactly, read_weights, upload
 from .sweep import Pictures, Setting, sweep
 from .sweep_report import describe, how_to_use, plot, table, write
 from .visualize import data_config, find_images, sheet, visualize
@@ -108,17 +107,8 @@ def _sweep(args: argparse.Namespace) -> int:
     existing = next(path for path in (args.output, *args.output.parents) if path.exists())
     check(existing.is_dir() and os.access(existing, os.W_OK), '--output', 'a folder to write to', str(args.output))
     dense, kwargs = _create(args)
-    if args.checkpoint:  # the code printed at the end uses load_checkpoint, which maps and resamples nothing
-        weights = rename_authors(dense.pretrained_cfg['state_dict'])
-        for key, own in dense.state_dict().items():
-            if key not in weights and key != 'epochs_started':
-                raise ValueError(
-                    f'{args.checkpoint} has no {key}: it is of a model with another readout. Name that one, or its '
-                    f'readout, such as --model-kwargs global_pool=token.')
-            if key in weights and weights[key].shape != own.shape:
-                raise ValueError(
-                    f'{args.checkpoint} has a {key} of {list(weights[key].shape)}, and the model one of '
-                    f'{list(own.shape)}: sweep takes the image size that the weights were trained at.')
+    if args.checkpoint:  # as the code printed at the end does
+        load_exactly(dense, dense.pretrained_cfg['state_dict'], args.checkpoint)
     check(dense.num_classes > 0, 'num_classes', '1 or more', dense.num_classes)
     dense.eval()
     evolves = hasattr(dense, 'set_keep_ratio')

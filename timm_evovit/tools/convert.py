@@ -95,7 +95,17 @@ def _download(name: str) -> Path:
     return path
 
 
-def _load(model: torch.nn.Module, weights: Dict[str, torch.Tensor]) -> List[str]:
+def load_exactly(model: torch.nn.Module, weights: Dict[str, torch.Tensor], path: Union[str, Path]) -> None:
+    """Load the weights of a file without dropping or resampling any. A ValueError says what does not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:  # it names every tensor
+        raise ValueError(
+            f'{path} does not fit the model, is it of another readout (global_pool) or image size? '
+            f'{shorten(str(e), 500)}') from e
+
+
+def _load(model: torch.nn.Module, weights: Dict[str, torch.Tensor], path: Path) -> List[str]:
     """Load weights under any names into the model, and report the tensors that were joined or dropped."""
     copies = {k: v for k, v in weights.items() if k.startswith('stage_blocks.')}  # of the authors' LeViT
     renamed = {**rename_authors(weights), **copies}
@@ -107,10 +117,7 @@ def _load(model: torch.nn.Module, weights: Dict[str, torch.Tensor]) -> List[str]
         if keys := [k for k in renamed if k.startswith(starts) and k not in own]:
             lines.append(f'  {len(keys)} dropped, {why}: {shorten(", ".join(keys), 100)}')
             renamed = {k: v for k, v in renamed.items() if k not in keys}
-    try:
-        model.load_state_dict(renamed)
-    except RuntimeError as e:  # it names every tensor
-        raise ValueError(f'The weights are not those of this model: {shorten(str(e), 500)}') from e
+    load_exactly(model, renamed, path)
     return lines
 
 
@@ -152,7 +159,7 @@ def convert(
     if classes := count_classes(weights):
         kwargs.setdefault('num_classes', classes)
     model = timm.create_model(variant, pretrained_cfg='evovit_in1k' if variant in PUBLISHED else None, **kwargs)
-    lines = _load(model, weights)
+    lines = _load(model, weights, path)
 
     cfg, authors = model.pretrained_cfg, rename_authors(weights) is not weights
     if checkpoint is not None or use_ema or model_kwargs:
