@@ -12,10 +12,10 @@ A page marks where a table or a plot goes; what is between the marks is replaced
     <!-- end -->
 
 The first word names one of the tables (speed, dense_features, flops, models, families, families_refused,
-without_training, finetuned, kernels, sweep) or plots (speed, top1, without_training, sweep). A plot goes to the file
-named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with shell
-patterns, `file=` the name of the result file without `.json`. By default all files are taken whose name starts with
-that of the benchmark. A mark stays empty as long as there is no such file.
+without_training, finetuned, kernels, newcomer, sweep) or plots (speed, top1, without_training, sweep). A plot goes to
+the file named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with
+shell patterns, `file=` the name of the result file without `.json`. By default all files are taken whose name starts
+with that of the benchmark. A mark stays empty as long as there is no such file.
 """
 import argparse
 import hashlib
@@ -223,6 +223,12 @@ def without_training_table(rows: List[Row]) -> str:
     return markdown(header, lines) + '\n\n' + made_with(rows)
 
 
+def newcomer_table(rows: List[Row]) -> str:
+    """What the commands for a newcomer print."""
+    lines = [line for r in rows for line in (f"$ {r['command']}", r['output'])]
+    return '\n'.join(['```text', *lines, '```'])
+
+
 def kernels_table(rows: List[Row]) -> str:
     """Kernels of the dense model / the evolving one, by kind."""
     kinds = {
@@ -358,7 +364,7 @@ TABLES: Dict[str, Callable[[List[Row]], str]] = {
     'speed': speed_table, 'dense_features': dense_features_table,
     'flops': flops_table, 'models': models_table, 'families': families_table, 'families_refused': refused_table,
     'without_training': without_training_table, 'finetuned': finetuned_table, 'kernels': kernels_table,
-    'sweep': sweep_table}
+    'newcomer': newcomer_table, 'sweep': sweep_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
     'speed': speed_plot, 'top1': top1_plot, 'without_training': without_training_plot, 'sweep': sweep_plot}
 
@@ -405,7 +411,7 @@ def fill(page: Path, results: Path, check: bool) -> List[str]:
                     figure = PLOTS[mark.name](rows)
                     figure.savefig(path, dpi=130, facecolor='white', metadata={'Data': expected})
                     plt.close(figure)
-        content = f'\n{content}\n\n'
+        content = f'{content}\n'
         if content != match[4]:
             changed.append(f'{page.name}: {mark.kind} {mark.name}')
         return match[1] + content + match[5]

@@ -4,9 +4,8 @@
     python examples/quickstart.py
     python examples/quickstart.py --model evo_levit
 
-The digits come with scikit-learn. Both models start from the same seed and take turns on the same batches. Written to
---output: the image folder `digits`, a folder for each model, which `timm.create_model('local-dir:FOLDER',
-pretrained=True)` loads, and `informative_tokens.png`.
+Both models start from the same seed and take turns on the same batches. Written to --output: the image folder `digits`,
+a folder for each model, which `timm.create_model('local-dir:FOLDER', pretrained=True)` loads, and a picture.
 """
 import argparse
 import statistics
@@ -43,7 +42,7 @@ parser.add_argument('--output', type=Path, default=Path('output/quickstart'))
 
 
 def write_digits(root):
-    """Write 1797 digits of 8 x 8 pixels to root/{train,validation}/{0..9}/*.png, 80 % of each class for training."""
+    """Write scikit-learn's 1797 digits to root/{train,validation}/{0..9}/*.png, 80 % of each class for training."""
     digits = load_digits()
     parts = train_test_split(range(1797), test_size=0.2, stratify=digits.target, random_state=0)
     for split, indices in zip(('train', 'validation'), parts):
@@ -72,7 +71,7 @@ def main():
         hflip=0., color_jitter=None, num_workers=0, persistent_workers=False, use_prefetcher=False, **cfg)
         for split in ('train', 'validation'))
 
-    models, optimizers, schedulers = {}, {}, {}
+    models, optimizers, schedulers, training = {}, {}, {}, {dense: 0., evo: 0.}
     for name in (dense, evo):
         random_seed(0)
         # as in the paper: tokens are selected before every block for two thirds of the epochs, then once per stage
@@ -89,7 +88,6 @@ def main():
         optimizers[name].step()
         optimizers[name].zero_grad()
 
-    training = {dense: 0., evo: 0.}
     for epoch in tqdm(range(epochs), unit='epoch', disable=None):
         for name in models:
             models[name].train()
@@ -102,17 +100,17 @@ def main():
     with torch.inference_mode():
         correct = {name: (model.eval()(images).argmax(dim=1) == target).float() for name, model in models.items()}
         rounds = [[seconds(model, images) for model in models.values()] for _ in range(7)]
-    print(f'\n{"model":28} {"top-1 %":>8} {"img/s":>8} {"training s":>11}')
+    print(f'{"model":28} {"top-1 %":>8} {"img/s":>8} {"training s":>11}')
     for name, times in zip(models, zip(*rounds)):
         print(f'{name:28} {100 * correct[name].mean().item():8.2f} {len(images) / statistics.median(times):8.0f} '
               f'{training[name]:11.1f}')
         timm.models.save_for_hf(models[name], args.output / name, model_args=model_args, safe_serialization=True)
-    print(f'\nspeed-up of {evo}: {statistics.median(a / b for a, b in rounds):.2f} in inference, '
+    print(f'speed-up of {evo}: {statistics.median(a / b for a, b in rounds):.2f} in inference, '
           f'{training[dense] / training[evo]:.2f} in training')
     drawn = [min(folder.iterdir()) for folder in sorted((digits / 'validation').glob('[2358]'))]
-    sheet([drawing for _, drawing in visualize(models[evo], drawn, classes=False)]).save(
-        args.output / 'informative_tokens.png')
-    print(f'{len(images)} validation images; picture: {args.output / "informative_tokens.png"}')
+    picture = args.output / 'informative_tokens.png'
+    sheet([drawing for _, drawing in visualize(models[evo], drawn, classes=False)]).save(picture)
+    print(f'{len(images)} validation images; picture: {picture}')
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """The benchmarks on tiny models, and the report that makes tables and plots of their results."""
 import json
+import platform
 import re
 import sys
 from itertools import product
@@ -15,6 +16,7 @@ from torch.autograd import DeviceType
 sys.path.insert(0, str(BENCHMARKS))
 import gpu  # noqa: E402
 import harness  # noqa: E402
+import newcomer  # noqa: E402
 import report  # noqa: E402
 import speed  # noqa: E402
 
@@ -326,6 +328,21 @@ def test_report_writes_counts(tmp_path, results):
     assert '| fvcore | 3.000 / 2.000 | 1.500 | 4.000 / 2.000 | 2.000 |' in lines
     assert '| `evo_deit_tiny_patch16_224` | 2.50 M | 2.000 (3.000) | 72.0 (72.2) | `fb_in1k`, `evovit_in1k` |' in lines
     assert '| `evo_levit_128s_384` | 2.50 M | 2.000 (3.000) | not published |  |' in lines
+
+
+def test_report_writes_what_a_newcomer_sees(tmp_path, results, monkeypatch, capfd):
+    monkeypatch.setattr(newcomer, 'COMMANDS', {'python --version': 1, 'pytest --version': 1})
+    newcomer.main(['--output', str(results / 'newcomer.json')])
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- table: newcomer -->\n<!-- end -->\n')
+    report.main([str(page), '--results', str(results)])
+    lines = page.read_text().splitlines()
+    assert lines[1:-2] == [
+        '```text', '$ python --version', f'Python {platform.python_version()}', '$ pytest --version',
+        f'pytest {pytest.__version__}']
+    monkeypatch.setattr(newcomer, 'COMMANDS', {'pytest no_such_file.py': 1})
+    with pytest.raises(SystemExit, match='pytest no_such_file.py failed'):
+        newcomer.main([])
 
 
 def test_report_writes_kernels(tmp_path, results):

@@ -9,7 +9,7 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from .checkpoints import rename_authors
-from .evolution import EvolvingSequential, Schedule
+from .evolution import Schedule
 
 NOT_MODEL_ARGS = (
     'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args',
@@ -112,7 +112,6 @@ class EvolvingModel(nn.Module):
         """The ratio of each stage."""
         return check_ratios('keep_ratio', keep_ratio, num_stages, 'evolution stage')
 
-    @torch.jit.unused
     def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
         """Change the ratio of slow tokens to patches, weights untouched. At 1 the model is its dense baseline.
 
@@ -140,7 +139,6 @@ class EvolvingModel(nn.Module):
         self.layerwise_epochs = count is not None and (count.is_meta or int(count) <= self.layer_to_stage_epochs)
         self._set_schedule()
 
-    @torch.jit.unused
     def set_epoch(self, epoch: int) -> None:
         """Set the index of the epoch, from 0, and from here on do not count the calls of `train()`."""
         epoch = check_epochs('epoch', epoch)
@@ -163,14 +161,6 @@ class EvolvingModel(nn.Module):
             count.zero_()
             self._update_schedule()
 
-    @torch.jit.unused
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        super().set_grad_checkpointing(enable)
-        for module in self.modules():
-            if isinstance(module, EvolvingSequential):
-                module.grad_checkpointing = enable
-
-    @torch.jit.unused
     def set_assisted_training(self, enable: bool = True) -> None:
         """Return (averaged-patch logits, class token logits) in training mode, for `AssistedLoss`."""
         self.assisted_training = enable
@@ -203,7 +193,6 @@ class EvolvingModel(nn.Module):
         args = {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS}
         self._model_args = {**getattr(self, '_model_args', {}), **args}
 
-    @torch.jit.unused
     def push_to_hf_hub(self, repo_id: str, *, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> Any:
         """Upload with timm's function of this name, `model_args` included; those given replace the model's own."""
         return timm.models.push_to_hf_hub(self, repo_id, model_args={**self.model_args, **(model_args or {})}, **kwargs)

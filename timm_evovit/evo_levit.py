@@ -368,7 +368,7 @@ class EvoLevit(EvolvingModel, levit.LevitDistilled):
             if self.training:  # a gradient, of zero, even where no selection depends on a tradeoff
                 cls_token = cls_token + 0. * self.tradeoff.sum()
         x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-        return x, EvolutionState(tradeoff)
+        return x, EvolutionState(self.grad_checkpointing, tradeoff)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Image (B, in_chans, H, W) to tokens (B, 1 + n, C) of the last stage, the class token first."""

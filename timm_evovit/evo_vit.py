@@ -267,7 +267,8 @@ class EvolvingVit(EvolvingModel):
 
     def _embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, EvolutionState]:
         """Image (B, in_chans, H, W) to tokens (B, N, C), and what goes through the blocks beside them."""
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), EvolutionState()
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        return x, EvolutionState(self.grad_checkpointing)
 
     def forward_features(
             self,
@@ -364,7 +365,7 @@ class EvolvedEva(EvolvingVit, Eva):
             prefix = [0, 0, self.num_prefix_tokens, 0]  # tokens that are not rotated
             sin, cos = rope.chunk(2, dim=-1)
             rope = torch.cat([F.pad(sin, prefix), F.pad(cos, prefix, value=1.)], dim=-1)
-        return self.norm_pre(x), EvolutionState(None, rope, self.rope_mixed)
+        return self.norm_pre(x), EvolutionState(self.grad_checkpointing, None, rope, self.rope_mixed)
 
     def _norm_args(self) -> Dict[str, Any]:
         fc_norm, norm = (not isinstance(m, nn.Identity) for m in (self.fc_norm, self.norm))
@@ -424,7 +425,6 @@ def evolve(
     evolved = recast(copy.deepcopy(model, shared), EVOLVED[type(model)])
     evolved.is_named = False
     evolved._evolve_blocks(**args)
-    evolved.set_grad_checkpointing(model.grad_checkpointing)
     cfg = getattr(model, 'pretrained_cfg', None)
     if cfg is not None:  # saved, it comes back as an `evo_vit`
         evolved.pretrained_cfg = evolved.default_cfg = dict(cfg, architecture='evo_vit')

@@ -107,10 +107,12 @@ class EvolutionState:
 
     def __init__(
             self,
+            grad_checkpointing: bool = False,
             tradeoff: Optional[torch.Tensor] = None,
             rope: Optional[torch.Tensor] = None,
             rope_per_block: bool = False,
     ) -> None:
+        self.grad_checkpointing = grad_checkpointing
         self.tradeoff = tradeoff  # weights of the attention layers still to come in place of their fixed ones
         self.rope = rope  # sine and cosine for each token, (1 or blocks, B or 1, heads or 1, N, d)
         self.rope_per_block = rope_per_block  # each block has a rotary embedding of its own
@@ -453,7 +455,6 @@ class EvolvingSequential(nn.Sequential):
         self.tradeoff = list(tradeoff)
         self.num_prefix_tokens = num_prefix_tokens
         self.representative_token = representative_token
-        self.grad_checkpointing = False
         dense = Schedule.build(self.tradeoff, {})
         self.set_schedule(dense, dense)
 
@@ -468,17 +469,12 @@ class EvolvingSequential(nn.Sequential):
         if not isinstance(idx, slice):
             return super().__getitem__(idx)
         blocks = list(self)[idx]
-        start, stop, step = idx.indices(len(self))
-        if start or step != 1:
+        if idx.indices(len(self))[::2] != (0, 1):
             return nn.Sequential(*blocks)
         part = EvolvingSequential(
-            *blocks,
-            tradeoff=self.tradeoff[idx],
-            num_prefix_tokens=self.num_prefix_tokens,
-            representative_token=self.representative_token,
-        )
-        part.set_schedule(self.schedule.part(0, stop), self.training_schedule.part(0, stop))
-        part.grad_checkpointing = self.grad_checkpointing
+            *blocks, tradeoff=self.tradeoff[idx], num_prefix_tokens=self.num_prefix_tokens,
+            representative_token=self.representative_token)
+        part.set_schedule(self.schedule.part(0, len(part)), self.training_schedule.part(0, len(part)))
         part.training = self.training  # not `part.train(...)`: each block keeps its own mode
         return part
 
@@ -514,7 +510,7 @@ class EvolvingSequential(nn.Sequential):
                 block_rope = stages.divide_rope(rope[i if state.rope_per_block else 0])
             class_attn: Optional[torch.Tensor] = None
             plain = not needs_class_attn and bias is None and block_rope is None
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if state.grad_checkpointing and not torch.jit.is_scripting():
                 if plain:
                     x = checkpoint(block, x)
                 else:
