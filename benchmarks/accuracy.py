@@ -18,17 +18,16 @@ import base64
 import hashlib
 import json
 import os
-import platform
 import random
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+import harness
 import numpy as np
 import timm
 import torch
@@ -38,7 +37,6 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
-import timm_evovit
 from timm_evovit import AssistedLoss
 
 DEIT, EVO_DEIT = 'deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224'
@@ -103,9 +101,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     timing.add_argument('--rounds', type=int, default=9)
     timing.add_argument('--steps', type=int, default=4, help='of each variant in a round')
     timing.add_argument('--num-classes', type=int, default=10)
-    timing.add_argument('--cpu-clock', action='store_true', help='time of the processor, where others use it as well')
 
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     for variant in args.variants:
         try:
             split_variant(variant)
@@ -134,8 +132,6 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f'--width {args.width} is no multiple of --heads {args.heads}')
     if models == {'levit'} and args.width % 16:
         parser.error(f'--width {args.width} of LeViT must be a multiple of 16, the width of its heads')
-    if getattr(args, 'cpu_clock', False) and args.device.startswith('cuda'):
-        parser.error('--cpu-clock knows nothing of what a GPU does')
     if args.command == 'train' and not args.dataset and not Path(args.data_dir).is_dir():
         parser.error(f'--data-dir {args.data_dir!r} is no folder, and there is no --dataset')
     return args
@@ -317,42 +313,11 @@ def pack(classes: torch.Tensor, num_classes: int) -> str:
     return base64.b64encode(zlib.compress(classes.numpy().astype(dtype).tobytes(), 9)).decode()
 
 
-def write(path: Path, report: Dict[str, Any]) -> None:
-    """JSON, all of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f'.{os.getpid()}')
-    partial.write_text(json.dumps(report, indent=1) + '\n')
-    os.replace(partial, path)
-
-
-def surroundings(args: argparse.Namespace) -> Dict[str, Any]:
-    """Machine, versions, commit and command."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        cpu = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    git = subprocess.run(
-        ['git', 'describe', '--always', '--abbrev=12', '--dirty'], cwd=Path(__file__).parent, capture_output=True,
-        text=True)
-    return {
-        'machine': {
-            'cpu': cpu, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
-            'gpu': torch.cuda.get_device_name() if args.device.startswith('cuda') else None,
-            'allocator': {k: v for k, v in os.environ.items() if k.startswith('MALLOC_')}},
-        'versions': {
-            'python': platform.python_version(), 'torch': str(torch.__version__), 'timm': timm.__version__,
-            'timm_evovit': timm_evovit.__version__},
-        'commit': git.stdout.strip() or None,
-        'command': shlex.join(['python', 'benchmarks/accuracy.py', *sys.argv[1:]]),
-    }
-
-
 def configuration(args: argparse.Namespace) -> Dict[str, Any]:
     """What all variants of one comparison have in common."""
     left_out = (
         'command', 'variants', 'seeds', 'output', 'work_dir', 'data_dir', 'dataset_download', 'device', 'rounds',
-        'steps', 'train_split', 'val_split', 'num_classes', 'cpu_clock')
+        'steps', 'train_split', 'val_split', 'num_classes', 'argv')
     return {'family': family(args.variants[0]), **{k: v for k, v in vars(args).items() if k not in left_out}}
 
 
@@ -373,7 +338,8 @@ def train_one(variant: str, seed: int, data: Dict[str, Any], args: argparse.Name
     trainer = Trainer(model, len(data['train'][1]) // args.batch_size, args)
     mixup = Mixup(args.mixup, label_smoothing=args.smoothing, num_classes=num_classes) if args.mixup else None
     report: Dict[str, Any] = {
-        **identity, 'finished': False, **surroundings(args),
+        **identity, 'finished': False, **harness.made_with(args.device),
+        'command': harness.command('accuracy', args.argv),
         'parameters': sum(p.numel() for p in trainer.model.parameters()), 'num_classes': num_classes,
         'images': {split: len(data[split][1]) for split in ('train', 'validation')},
         'top1': [], 'validation_loss': [], 'train_loss': [], 'train_seconds': [], 'evaluation_seconds': [],
@@ -414,7 +380,7 @@ def train_one(variant: str, seed: int, data: Dict[str, Any], args: argparse.Name
             'model': trainer.model.state_dict(), 'optimizer': trainer.optimizer.state_dict(),
             'scaler': trainer.scaler.state_dict(), 'report': report}, partial)
         os.replace(partial, checkpoint)
-        write(path, report)
+        harness.write(path, report)
         print(f'{variant}, seed {seed}, epoch {epoch + 1}/{args.epochs}: {top1:.2f} %, '
               f'loss {report["train_loss"][-1]:.4f}, {trained - start:.0f} s', flush=True)
 
@@ -445,43 +411,40 @@ def measure(args: argparse.Namespace) -> None:
     if args.mixup:
         target = torch.nn.functional.one_hot(target, args.num_classes).float()
 
-    def seconds(step: Any, *inputs: torch.Tensor) -> float:
-        step(*inputs)
-        start = now()
+    def train_steps(trainer: Trainer, epoch: int) -> None:
+        trainer.set_epoch(epoch)
         for _ in range(args.steps):
-            step(*inputs)
-        return (now() - start) / args.steps / args.batch_size
+            trainer.step(images, target)
 
-    def now() -> float:
-        if args.device.startswith('cuda'):
-            torch.cuda.synchronize()
-        return time.process_time() if args.cpu_clock else time.perf_counter()
+    def inference_steps(trainer: Trainer) -> None:
+        trainer.model.eval()
+        for _ in range(args.steps):
+            trainer.infer(images)
 
-    results: Dict[str, Dict[str, List[float]]] = {v: {'train': [], 'inference': []} for v in trainers}
-    for i in range(args.rounds + 1):
-        for variant, trainer in trainers.items() if i % 2 else reversed(trainers.items()):
-            first = getattr(trainer.model, 'layer_to_stage_epochs', 0)
-            phases = []
-            for epoch, share in ((0, first / args.epochs), (args.epochs - 1, 1 - first / args.epochs)):
-                if share:
-                    trainer.set_epoch(epoch)
-                    phases.append(share * seconds(trainer.step, images, target))
-            trainer.model.eval()
-            inference = seconds(trainer.infer, images)
-            if i:  # the first round does not count
-                results[variant]['train'].append(sum(phases))
-                results[variant]['inference'].append(inference)
+    steps: Dict[Any, Callable[[], None]] = {}
+    shares: Dict[Any, float] = {}  # of the epochs
+    for variant, trainer in trainers.items():
+        first = getattr(trainer.model, 'layer_to_stage_epochs', 0) / args.epochs
+        shares.update({(variant, epoch): share for epoch, share in ((0, first), (args.epochs - 1, 1 - first)) if share})
+        steps.update({key: partial(train_steps, trainer, key[1]) for key in shares if key[0] == variant})
+        steps[variant, 'inference'] = partial(inference_steps, trainer)
+    times = harness.time_in_turns(steps, args.rounds, warmup=1, seconds=0., device=args.device)
+    images_per_call = args.steps * args.batch_size
+    results = {variant: {
+        'train': [sum(phases) / images_per_call for phases in zip(*(
+            [share * t for t in times[key]] for key, share in shares.items() if key[0] == variant))],
+        'inference': [t / images_per_call for t in times[variant, 'inference']]} for variant in trainers}
     report = {
-        **surroundings(args), 'configuration': configuration(args), 'baseline': args.variants[0],
-        'clock': 'cpu' if args.cpu_clock else 'wall', 'seconds_per_image': results}
+        **harness.made_with(args.device), 'command': harness.command('accuracy', args.argv),
+        'configuration': configuration(args), 'baseline': args.variants[0], 'seconds_per_image': results}
     baseline = results[args.variants[0]]
     for variant, times in results.items():
         ratios = {k: [a / b for a, b in zip(baseline[k], times[k])] for k in times}
         print(f'{variant:28}' + ''.join(
             f'  {k} {1e6 * statistics.median(times[k]):7.0f} us, {statistics.median(r):.2f} times as fast '
             f'({min(r):.2f} - {max(r):.2f})' for k, r in ratios.items()))
-    write(args.output / f"time-{report['configuration']['family']}{'-' + args.amp if args.amp else ''}"
-                        f"{'-explicit' if args.no_fused_attn else ''}.json", report)
+    settings = ('-' + args.amp if args.amp else '') + ('-explicit' if args.no_fused_attn else '')
+    harness.write(args.output / f"time-{report['configuration']['family']}{settings}.json", report)
 
 
 def main(argv: Optional[List[str]] = None) -> None:

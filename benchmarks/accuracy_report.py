@@ -2,7 +2,8 @@
 """Table and plot of what `accuracy.py` has trained and timed.
 
     python benchmarks/accuracy_report.py
-    python benchmarks/accuracy_report.py --page docs/accuracy.md --plot accuracy.png
+    python benchmarks/accuracy_report.py --page docs/accuracy.md
+    python benchmarks/accuracy_report.py --only family=deit epochs=25 --plot accuracy.png
 
 Runs of one configuration make one table, each paired with the dense baseline of the same seed. Of the difference to
 that there are two 95 % intervals: over seeds, by the t distribution, says how much another seed might change it (it
@@ -28,11 +29,15 @@ Interval = Optional[Tuple[float, float]]
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('results', type=Path, nargs='?', default=Path('benchmarks/results/accuracy'))
+    parser.add_argument(
+        '--only', nargs='+', default=[], metavar='KEY=VALUE', help='configurations, such as family=deit img_size=32')
     parser.add_argument('--page', type=Path, help='write the tables between the markers of this page')
     parser.add_argument('--plot', type=Path, metavar='PNG')
     args = parser.parse_args(argv)
     if not args.results.is_dir():
         parser.error(f'{args.results} is no folder')
+    if wrong := [word for word in args.only if '=' not in word]:
+        parser.error(f'--only takes KEY=VALUE, got {wrong[0]!r}')
     if args.page and not args.page.is_file():
         parser.error(f'there is no page {args.page}')
     return args
@@ -191,8 +196,7 @@ def speed_table(timings: List[Dict[str, Any]]) -> str:
         what = 'DeiT' if c['family'] == 'deit' else 'LeViT'
         lines += [
             '', f"**{what} {c['img_size']} x {c['img_size']}, batch {c['batch_size']}, {setting(c)}** "
-            f"({machine['gpu'] or machine['cpu']}, threads: {machine['threads']}, "
-            f"{'CPU time' if timing['clock'] == 'cpu' else 'wall clock'})", '',
+            f"({machine['gpu'] or machine['cpu']}, threads: {machine['threads']})", '',
             '| | training, us per image | times as fast (lowest - highest) | inference, us per image | '
             'times as fast (lowest - highest) |', '|---|---|---|---|---|']
         baseline = timing['seconds_per_image'][timing['baseline']]
@@ -259,7 +263,9 @@ def plot(comparisons: List[Dict[str, Any]], path: Path) -> None:
 
 def main(argv: Optional[List[str]] = None) -> List[Dict[str, Any]]:
     args = parse_args(argv)
-    runs, timings = load(args.results)
+    runs, timings = ([r for r in found if all(
+        str(r['configuration'].get(key)) == value for key, value in (word.split('=', 1) for word in args.only)
+    )] for found in load(args.results))
     comparisons = compare(runs, timings)
     print(table(comparisons) + '\n\n' + speed_table(timings))
     if args.page:

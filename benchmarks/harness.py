@@ -212,7 +212,7 @@ def machine(device: str = 'cpu') -> Dict[str, Any]:
 
 
 def versions() -> Dict[str, Optional[str]]:
-    found = {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
+    found = {'python': platform.python_version(), 'torch': str(torch.__version__), 'timm': timm.__version__,
              'timm_evovit': timm_evovit.__version__}
     if torch.version.cuda:
         found['cuda'] = torch.version.cuda
@@ -238,6 +238,25 @@ def without_folders(text: str) -> str:
     return re.sub(r'(^|[=:])[/~][^=:]*/', r'\1', text)
 
 
+def made_with(device: str = 'cpu') -> Dict[str, Any]:
+    """Machine, versions, commit and environment."""
+    return {
+        'machine': machine(device), 'versions': versions(), 'commit': commit(),
+        'environment': {k: without_folders(v) for k, v in os.environ.items() if k.startswith(ENVIRONMENT)}}
+
+
+def command(benchmark: str, argv: Sequence[str]) -> str:
+    return shlex.join(['python', f'benchmarks/{benchmark}.py', *map(without_folders, argv)])
+
+
+def write(path: Path, data: Dict[str, Any]) -> None:
+    """Write JSON, all of it or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f'.{os.getpid()}')
+    partial.write_text(json.dumps(data, indent=1) + '\n')
+    partial.replace(path)
+
+
 class Report:
     """Rows of one run and what they were measured with, as a JSON file that is written anew after every row."""
 
@@ -251,11 +270,8 @@ class Report:
         """
         self.path = path
         self.data: Dict[str, Any] = {
-            'benchmark': benchmark, 'date': datetime.date.today().isoformat(), 'machine': machine(device),
-            'versions': versions(), 'commit': commit(),
-            'command': shlex.join(['python', f'benchmarks/{benchmark}.py', *map(without_folders, argv)]),
-            'environment': {k: without_folders(v) for k, v in os.environ.items() if k.startswith(ENVIRONMENT)},
-            'rows': [],
+            'benchmark': benchmark, 'date': datetime.date.today().isoformat(), **made_with(device),
+            'command': command(benchmark, argv), 'rows': [],
         }
         self.write()
 
@@ -265,7 +281,4 @@ class Report:
 
     def write(self) -> None:
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix('.tmp')
-            temporary.write_text(json.dumps(self.data, indent=1) + '\n')
-            temporary.replace(self.path)
+            write(self.path, self.data)

@@ -105,12 +105,11 @@ def main():
         print(f'{name:28} {100 * correct[name].mean().item():8.2f} {len(images) / statistics.median(times):8.0f} '
               f'{training[name]:11.1f}')
         timm.models.save_for_hf(models[name], args.output / name, model_args=model_args, safe_serialization=True)
-    print(f'speed-up of {evo}: {statistics.median(a / b for a, b in rounds):.2f} in inference, '
-          f'{training[dense] / training[evo]:.2f} in training')
     drawn = [min(folder.iterdir()) for folder in sorted((digits / 'validation').glob('[2358]'))]
     picture = args.output / 'informative_tokens.png'
     sheet([drawing for _, drawing in visualize(models[evo], drawn, classes=False)]).save(picture)
-    print(f'{len(images)} validation images; picture: {picture}')
+    print(f'{statistics.median(a / b for a, b in rounds):.2f} times as fast in inference, '
+          f'{training[dense] / training[evo]:.2f} in training; picture: {picture}')
 
 
 if __name__ == '__main__':

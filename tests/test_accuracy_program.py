@@ -2,16 +2,16 @@
 import base64
 import json
 import math
+import statistics
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import BENCHMARKS, ROOT
 
-BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 SMALL = ['--img-size', '16', '--width', '16', '--heads', '2', '--depth', '3', '-b', '8', '--device', 'cpu']
 
 
@@ -92,7 +92,7 @@ def test_all_variants_train_and_are_timed(programs, pictures, tmp_path, capsys):
         assert r['top1'][-1] == pytest.approx(100 * (predictions == labels).mean(), abs=1e-4)
     accuracy.main([
         'time', 'dense', 'evo-layer-to-stage', *epoch, *SMALL, '--amp', 'bfloat16', '--no-fused-attn', '--rounds', '2',
-        '--steps', '1', '--cpu-clock', '--output', str(tmp_path / 'results')])
+        '--steps', '1', '--output', str(tmp_path / 'results')])
     levit = [name for name in accuracy.VARIANTS if 'levit' in name]
     small = [arg if arg != '16' else '32' for arg in SMALL]
     accuracy.main([
@@ -108,6 +108,9 @@ def test_all_variants_train_and_are_timed(programs, pictures, tmp_path, capsys):
     assert report.table(comparisons) in page.read_text() and 'old' not in page.read_text()
     assert page.read_text().startswith('# A\n') and page.read_text().endswith('B\n')
     assert (tmp_path / 'plot.png').stat().st_size > 10_000
+    comparisons = report.main([str(tmp_path / 'results'), '--only', 'family=deit', 'epochs=1'])
+    assert [len(c['variants']) for c in comparisons] == [len(deit)]
+    assert not report.main([str(tmp_path / 'results'), '--only', 'family=deit', 'epochs=2'])
 
 
 def test_trained_models_evolve(programs, pictures, tmp_path, monkeypatch):
@@ -193,3 +196,25 @@ def test_errors(programs, args, message, capsys):
     with pytest.raises(SystemExit):
         programs[0].main(args)
     assert message in capsys.readouterr().err
+
+
+def test_the_documentation_is_what_the_results_say(programs):
+    """Tables of docs/accuracy.md, and the figures of the README's three sentences."""
+    _, report = programs
+    runs, timings = report.load(BENCHMARKS / 'results' / 'accuracy')
+    comparisons = report.compare(runs, timings)
+    page = (ROOT / 'docs' / 'accuracy.md').read_text()
+    assert page == report.fill(report.fill(
+        page, 'accuracy-table', report.table(comparisons)), 'speed-table', report.speed_table(timings))
+
+    deit = next(c['variants'] for c in comparisons if c['timing'] and 'evo-similarity@0.4' in c['variants'])
+    best, stage = deit['evo-similarity@0.4'], deit['evo-stage']
+    low, high = best['seed_interval']
+    float32 = next(t for t in timings if t['configuration']['family'] == 'deit' and not t['configuration']['amp'])
+    figures = [
+        f"{-statistics.mean(best['differences']):.2f} points below the dense model", f'interval {-low:.2f} below',
+        f'to {high:.2f} above', f"{report.speed_up(float32, 'evo-similarity@0.4', 'train'):.2f} times as fast in training",
+        f"{report.speed_up(float32, 'evo-similarity@0.4', 'inference'):.2f} times in inference",
+        f"{-statistics.mean(stage['differences']):.1f} points below"]
+    readme = ' '.join((ROOT / 'README.md').read_text().split())
+    assert [figure for figure in figures if figure not in readme] == []
