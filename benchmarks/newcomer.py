@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Run the commands that the README gives a newcomer, and record the last lines that they print.
+"""Run `.ci/run`, which is the README's commands for a newcomer in a new environment, and record what they print.
 
     python benchmarks/newcomer.py --output benchmarks/results/newcomer.json
 """
 import argparse
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import List, Optional
 
 import harness
 
-COMMANDS = {'python examples/quickstart.py': 4, 'pytest': 1}  # number of lines
+RUN = Path(__file__).parent.parent / '.ci' / 'run'
 
 
 def main(argv: Optional[List[str]] = None) -> harness.Report:
@@ -20,15 +19,16 @@ def main(argv: Optional[List[str]] = None) -> harness.Report:
     parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
     args = parser.parse_args(argv)
     report = harness.Report('newcomer', args.output, argv=sys.argv[1:] if argv is None else argv)
-    for command, count in COMMANDS.items():
-        program, *words = shlex.split(command)
-        words = [sys.executable, *(words if program == 'python' else ['-m', program, *words])]
-        done = subprocess.run(words, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SystemExit(f'{command} failed, exit status {done.returncode}:\n{done.stdout}')
-        lines = done.stdout.strip().splitlines()[-count:]
-        report.add({'command': command, 'output': '\n'.join(lines).strip('= ')})
-        print(f'$ {command}', *lines, sep='\n', flush=True)
+    process = subprocess.Popen([RUN], stdout=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        print(line, end='', flush=True)
+        lines.append(line.rstrip())
+    if process.wait():
+        raise SystemExit(f'.ci/run failed, exit status {process.returncode}')
+    header = next(i for i, line in enumerate(lines) if line.startswith('model ') and 'top-1 %' in line)
+    report.add({'command': 'python examples/quickstart.py', 'output': '\n'.join(lines[header:header + 4])},
+               {'command': 'pytest', 'output': lines[-1].strip('= ')})
     return report
 
 

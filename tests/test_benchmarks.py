@@ -1,6 +1,5 @@
 """The benchmarks on tiny models, and the report that makes tables and plots of their results."""
 import json
-import platform
 import re
 import sys
 from itertools import product
@@ -330,18 +329,22 @@ def test_report_writes_counts(tmp_path, results):
     assert '| `evo_levit_128s_384` | 2.50 M | 2.000 (3.000) | not published |  |' in lines
 
 
-def test_report_writes_what_a_newcomer_sees(tmp_path, results, monkeypatch, capfd):
-    monkeypatch.setattr(newcomer, 'COMMANDS', {'python --version': 1, 'pytest --version': 1})
+def test_report_writes_what_a_newcomer_sees(tmp_path, results, monkeypatch):
+    command = tmp_path / 'run'
+    command.write_text(
+        "#!/bin/sh\necho installed\nprintf 'model  top-1 %%\\ndeit  97.00\\nevo_deit  98.00\\n1.30 times\\n'\n"
+        "echo collected\necho '===== 3 passed in 1.00s ====='\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(newcomer, 'RUN', command)
     newcomer.main(['--output', str(results / 'newcomer.json')])
     page = tmp_path / 'page.md'
     page.write_text('<!-- table: newcomer -->\n<!-- end -->\n')
     report.main([str(page), '--results', str(results)])
-    lines = page.read_text().splitlines()
-    assert lines[1:-2] == [
-        '```text', '$ python --version', f'Python {platform.python_version()}', '$ pytest --version',
-        f'pytest {pytest.__version__}']
-    monkeypatch.setattr(newcomer, 'COMMANDS', {'pytest no_such_file.py': 1})
-    with pytest.raises(SystemExit, match='pytest no_such_file.py failed'):
+    assert page.read_text().splitlines()[1:-1] == [
+        '```text', '$ python examples/quickstart.py', 'model  top-1 %', 'deit  97.00', 'evo_deit  98.00', '1.30 times',
+        '$ pytest', '3 passed in 1.00s', '```']
+    command.write_text('#!/bin/sh\nexit 3\n')
+    with pytest.raises(SystemExit, match='exit status 3'):
         newcomer.main([])
 
 
