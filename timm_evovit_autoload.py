@@ -41,13 +41,16 @@ class _Finder:
         if fullname == TARGET:
             sys.meta_path.remove(cls)
             spec: Any = find_spec(fullname)
-            exec_module = spec.loader.exec_module
+            if spec is None:
+                return None
+            loader, exec_module = spec.loader, spec.loader.exec_module
 
             def exec_module_and_plugins(module: Any) -> None:
+                del loader.exec_module  # its own method again: a loader may serve other modules too
                 exec_module(module)
                 _guard('timm plugins', _load_plugins)
 
-            spec.loader.exec_module = exec_module_and_plugins
+            loader.exec_module = exec_module_and_plugins
             return spec
 
 

@@ -334,7 +334,7 @@ def test_download(deit, drive, run, tmp_path):
     drive.drive[PUBLISHED['evo_deit_tiny_patch16_224'][1]] = content
     drive.cut_after = len(content) // 2
     status, out = run('evo_deit_tiny')
-    assert status == 1 and 'the next try goes on' in out and 'drive.google.com/file/d/1AL4' in out
+    assert status == 1 and 'Run the command again to resume' in out and 'drive.google.com/file/d/1AL4' in out
     drive.requests.clear()
     status, out = run('evo_deit_tiny')
     assert status == 0 and '100%' in out, 'no progress bar'

@@ -236,6 +236,28 @@ def test_nothing_that_fails_in_the_entry_point_reaches_torch(broken, error, tmp_
     assert error in warned and 'as broken as can be' in warned
 
 
+@pytest.mark.parametrize('models, expected', [
+    ({'timm/models.py': 'import timm.other', 'timm/other.py': ''}, 'complete'), ({}, 'ModuleNotFoundError')])
+def test_timm_in_a_zip_file(models, expected, tmp_path):
+    """One loader serves all of its modules. Plugins are loaded once, after timm.models, not after what that imports."""
+    with zipfile.ZipFile(tmp_path / 'timm.zip', 'w') as file:
+        for name, text in {'timm/__init__.py': '', **models}.items():
+            file.writestr(name, text)
+    out = python('-c', textwrap.dedent(f'''
+        import importlib, sys, types
+        sys.path.insert(0, 'timm.zip')
+        module = importlib.import_module({autoload_entry_point().module!r})
+        state = lambda: print('complete' if hasattr(sys.modules['timm.models'], 'timm') else 'too early')
+        module.entry_points = lambda group: [types.SimpleNamespace(name='plugin', value='module', load=state)]
+        module.{autoload_entry_point().attr}()
+        try:
+            import timm.models
+        except Exception as e:
+            print(type(e).__name__)
+    '''), cwd=tmp_path)
+    assert out.split() == [expected]
+
+
 @pytest.mark.slow
 def test_a_warning_that_is_an_error_does_not_reach_torch(tmp_path):
     (tmp_path / 'timm_evovit').mkdir()

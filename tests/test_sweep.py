@@ -470,6 +470,16 @@ def test_weights_of_another_image_size(digits, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('args, message', [
+    (['--model-kwargs', 'depth'], "must be KEY=VALUE, got 'depth'"),
+    (['--interpolation', 'smooth'], "invalid choice: 'smooth'"),
+    (['--keep-ratio', 'half'], "invalid float value: 'half'")])
+def test_options_that_cannot_be_parsed(capsys, args, message):
+    with pytest.raises(SystemExit):
+        main(['sweep', 'evo_deit_tiny', '--data-dir', 'digits', '--output', 'out', *args])
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('name, message', [
     ('resnet10t', 'got ResNet'), ('no_such_model', 'no_such_model'),
     ('vit_small_patch14_dinov2', 'num_classes must be 1 or more, got 0')])

@@ -81,7 +81,7 @@ def test_set_epoch_takes_over_from_counting(family):
     (dict(layer_to_stage_epochs=-1), ValueError, 'layer_to_stage_epochs must be 0 or more epochs, got -1'),
     (dict(layer_to_stage_epochs=0.5), TypeError, 'layer_to_stage_epochs must be a number of epochs .* got 0.5'),
     (dict(layer_to_stage_epochs=9, selection='layer'), ValueError,
-     "selection must be 'stage', which layer_to_stage_epochs=9"),
+     "selection must be 'stage' with layer_to_stage_epochs=9"),
 ])
 def test_bad_schedules(family, kwargs, error, message):
     with pytest.raises(error, match=message):

@@ -69,7 +69,7 @@ class EvolvingModel(nn.Module):
 
     In the first `layer_to_stage_epochs` epochs of training, tokens are selected before every block. Later, and in
     evaluation always, they are selected as `selection` says (paper section 'Layer-to-stage training schedule'). Which
-    it is follows from the `training` flag and the epoch. Each call of `train()` counts as the start of an epoch, as in
+    it is depends on the `training` flag and the epoch. Each call of `train()` counts as the start of an epoch, as in
     timm's scripts, in a buffer that is saved with the weights. A loop that calls it more or less often uses
     `set_epoch`. TorchScript keeps the epoch at which a model is scripted.
 
@@ -100,7 +100,7 @@ class EvolvingModel(nn.Module):
         self.layer_to_stage_epochs = check_epochs('layer_to_stage_epochs', layer_to_stage_epochs)
         check(
             not layer_to_stage_epochs or selection == 'stage', 'selection',
-            f"'stage', which layer_to_stage_epochs={layer_to_stage_epochs} leads to", selection)
+            f"'stage' with layer_to_stage_epochs={layer_to_stage_epochs}, which ends stage-wise", selection)
         self._count_epochs = True
         device = next(self.parameters()).device
         # without the schedule there is no buffer: the state dict is the same as that of a model without this feature
@@ -162,7 +162,10 @@ class EvolvingModel(nn.Module):
             self._update_schedule()
 
     def set_assisted_training(self, enable: bool = True) -> None:
-        """Return (averaged-patch logits, class token logits) in training mode, for `AssistedLoss`."""
+        """Return (averaged-patch logits, class token logits) in training mode, for `AssistedLoss`.
+
+        A model without a class token head, as with class token readout, returns its logits all the same.
+        """
         self.assisted_training = enable
 
     def is_assisted(self) -> bool:

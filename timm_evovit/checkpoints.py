@@ -127,7 +127,7 @@ def deit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> D
 
 
 def _resample_pos_embed(pos_embed: torch.Tensor, old_size: Tuple[int, int], new_size: Tuple[int, int]) -> torch.Tensor:
-    """Resample (1, 1 + n, C) from the grid `old_size`, or the new or a square one if it fits neither of them better."""
+    """Resample (1, 1 + n, C) from the grid `old_size`. If n does not fit it, from `new_size`, else from a square."""
     n = pos_embed.shape[1] - 1
     if n != old_size[0] * old_size[1]:
         old_size = new_size if n == new_size[0] * new_size[1] else (math.isqrt(n), math.isqrt(n))

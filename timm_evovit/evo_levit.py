@@ -50,7 +50,7 @@ class EvoLevitAttention(levit.Attention):
     """LeViT's attention without attention biases, which can also write class attention."""
 
     def reset_parameters(self) -> None:
-        """There are none but those of submodules."""
+        """Nothing to do: all parameters belong to submodules."""
 
     init_non_persistent_buffers = reset_parameters
 
@@ -78,7 +78,7 @@ class EvoLevitAttentionDownsample(levit.AttentionDownsample):
         trunc_normal_(self.pos_embed, std=.02)
 
     def init_non_persistent_buffers(self) -> None:
-        """There are none without attention biases."""
+        """Nothing to do: there are no attention biases."""
 
     def forward(self, x: torch.Tensor, state: EvolutionState) -> torch.Tensor:
         """Tokens (B, 1 + H * W, C) to tokens (B, 1 + h * w, C) of the smaller grid.
@@ -273,7 +273,7 @@ class EvoLevit(EvolvingModel, levit.LevitDistilled):
         super()._init_weights(m, needs_reset)
         if not needs_reset:
             return
-        # children come first: what reset_parameters of a linear or a norm layer has undone is done here again
+        # children are visited first: their reset_parameters has overwritten these values
         if isinstance(m, levit.NormLinear):
             trunc_normal_(m.linear.weight, std=.02)
             nn.init.zeros_(m.linear.bias)
@@ -288,7 +288,7 @@ class EvoLevit(EvolvingModel, levit.LevitDistilled):
         tradeoff: List[float] = []
         bounds = [0]
         for i, stage in enumerate(self.stages):
-            if i > 0:  # weight 0: the result keeps the old sum, so what was there before is always read
+            if i > 0:  # weight 0: the downsampling attention scales to the old sum, so it always reads it
                 starts[len(tradeoff)] = 1.
                 tradeoff.append(0.)
             first = len(tradeoff) + (2 if i == 0 else 0)  # blocks 0 and 1 of the first stage see all patches
@@ -357,7 +357,7 @@ class EvoLevit(EvolvingModel, levit.LevitDistilled):
         _assert(x.shape[3] == width, f'Input width ({x.shape[3]}) does not match model ({width}), see img_size.')
         if not self.training:
             # channels last: faster convolutions on a CPU, whose output is a sequence of tokens without a copy; batch
-            # statistics, though, are less exact in this format. vmap knows no memory formats, but it knows permute
+            # statistics, though, are less exact in this format. vmap takes permute, but no memory formats
             x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         x = self.stem(x).flatten(2).transpose(1, 2)
         cls_token = self.cls_token
@@ -441,7 +441,7 @@ def _create_evo_levit(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     model_args = dict(levit.model_cfgs[size], **({'drop_path_rate': 0.1} if size == 'levit_384' else {}))
     cfg = resolve_weights(
         variant, pretrained, kwargs,
-        'there are none for Evo-LeViT, but for Evo-DeiT, such as evo_deit_small_patch16_224.fb_in1k')
+        'none for Evo-LeViT, but for Evo-DeiT, such as evo_deit_small_patch16_224.fb_in1k')
     kwargs = {'out_indices': (0, 1, 2), **model_args, **kwargs}
     return build_model(EvoLevit, variant, pretrained, cfg, checkpoint_filter_fn, **kwargs)
 

@@ -3,6 +3,7 @@ import copy
 import warnings
 from dataclasses import replace
 from itertools import chain
+from numbers import Integral
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import timm
@@ -101,13 +102,9 @@ class EvoEvaBlock(EvaBlock):
 
     def forward(self, x: torch.Tensor, context: Optional[AttentionContext] = None) -> torch.Tensor:
         update = self.attn(self.norm1(x), context)
-        if self.gamma_1 is not None:
-            update = self.gamma_1 * update
-        x = x + self.drop_path1(update)
+        x = x + self.drop_path1(update if self.gamma_1 is None else self.gamma_1 * update)
         update = self.mlp(self.norm2(x))
-        if self.gamma_2 is not None:
-            update = self.gamma_2 * update
-        return x + self.drop_path2(update)
+        return x + self.drop_path2(update if self.gamma_2 is None else self.gamma_2 * update)
 
 
 class EvoResPostBlock(ResPostBlock):
@@ -181,7 +178,7 @@ class EvolvingVit(EvolvingModel):
 
     Everything outside the blocks sees the complete patch grid in raster order.
     """
-    is_named = True  # timm.create_model builds this model by the name that a wrapper around it knows
+    is_named = True  # False for what `evolve` returns: the config of a wrapper around it names the dense base
 
     def _evolve_blocks(
             self,
@@ -203,12 +200,12 @@ class EvolvingVit(EvolvingModel):
             stages = default_stages(depth, slow_tokens)
         starts: Any = (stages,) if is_number(stages) else stages
         check(
-            isinstance(starts, Sequence) and all(is_number(s, int) for s in starts), 'stages',
+            isinstance(starts, Sequence) and all(is_number(s, Integral) for s in starts), 'stages',
             'block indices such as (4, 8)', stages, TypeError)
         check(
             all(0 < s < depth for s in starts), 'stages', f'in 1 .. {depth - 1} for a model of {depth} blocks', stages)
         check(all(a < b for a, b in zip(starts, starts[1:])), 'stages', 'in ascending order', stages)
-        self.stage_starts: Tuple[int, ...] = tuple(starts)
+        self.stage_starts: Tuple[int, ...] = tuple(map(int, starts))
         self.num_stages = len(starts)
         if tradeoff is None:
             first = min(self.stage_starts, default=depth)
@@ -463,7 +460,7 @@ def evo_vit(
     elif source:
         _, architecture, base_args = load_model_config_from_path(name)
     all_args = {**(base_args or {}), **kwargs}
-    if cfg.has_weights or cfg.state_dict:  # a saved evo_vit: timm takes either weights or a source
+    if cfg.has_weights or cfg.state_dict:  # a saved evo_vit: timm takes either a pretrained_cfg or a source
         base, kwargs = architecture, {**all_args, 'pretrained_cfg': replace(cfg, architecture=architecture)}
     model = evolve(timm.create_model(base, pretrained, **kwargs), **evolution_args)
     if isinstance(model, EvolvingModel):  # and not in the wrapper of features_only

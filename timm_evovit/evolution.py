@@ -84,9 +84,9 @@ class StageState(NamedTuple):
 class Selection(NamedTuple):
     """One division of the patches among slow tokens."""
     block: int  # the first block that runs on the slow tokens
-    group_idx: torch.Tensor  # (B, n) slow token of each patch, from num_groups on one that is shared by all the rest
+    group_idx: torch.Tensor  # (B, n) slow token of each patch, num_groups for the one that all others share
     num_groups: int
-    global_attn: Optional[torch.Tensor]  # (B, n) global class attention that decided, if it did
+    global_attn: Optional[torch.Tensor]  # (B, n) that selected them, None by similarity
 
 
 class AttentionContext:
@@ -112,7 +112,7 @@ class EvolutionState:
             rope: Optional[torch.Tensor] = None,
             rope_per_block: bool = False,
     ) -> None:
-        self.grad_checkpointing = grad_checkpointing
+        self.grad_checkpointing = grad_checkpointing  # recompute each block in the backward pass
         self.tradeoff = tradeoff  # weights of the attention layers still to come in place of their fixed ones
         self.rope = rope  # sine and cosine for each token, (1 or blocks, B or 1, heads or 1, N, d)
         self.rope_per_block = rope_per_block  # each block has a rotary embedding of its own
@@ -225,7 +225,7 @@ def split_tokens(
         weight = weight / weight.sum(dim=1, keepdim=True).clamp_min(1e-37)
         mean = weight.to(x.dtype).unsqueeze(1) @ x[:, num_prefix_tokens:]
         slow = torch.cat([slow, mean], dim=1)
-        token_idx = F.pad(token_idx, [0, 1])  # the class token is not rotated
+        token_idx = F.pad(token_idx, [0, 1])  # that of the class token, which is not rotated
     return StageState(x, slow, slow_idx, token_idx, not representative_token), keep_idx, kept_attn
 
 
@@ -242,7 +242,7 @@ def group_sums(tokens: torch.Tensor, weight: torch.Tensor, group_idx: torch.Tens
     if torch.jit.is_tracing():  # the ONNX exporter without torch.export loses repeated indices of index_add
         out = out.scatter_add(0, idx.unsqueeze(1).expand(-1, C), rows)
     else:
-        out.index_add_(0, idx, rows)  # in place: a copy fewer
+        out.index_add_(0, idx, rows)  # in place saves a copy
     return out.view(B, num_groups, C).to(tokens.dtype)
 
 
@@ -259,16 +259,16 @@ def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, t
         num_groups: Number of groups, n // 2 at least.
 
     Returns:
-        Group of each token, (B, n), and of each group the odd or unmatched even token, (B, num_groups), in the order of
-        which they are numbered.
+        For each token its group, (B, n), and for each group its odd or unmatched even token, (B, num_groups). Groups
+        are numbered in the order of these tokens.
     """
     n = tokens.shape[1]
     other = tokens[:, 1::2]
     eps = 1e-6  # not zero in half precision
     scores = F.normalize(tokens[:, ::2], dim=-1, eps=eps) @ other.transpose(1, 2)
     scores = scores / torch.linalg.vector_norm(other, dim=-1).clamp_min(eps).unsqueeze(1)
-    best, partner = F.pad(scores, [0, 1], value=-2.).max(dim=2)  # a column more: max fails where there is none
-    # rank by comparison: a stable sort is not known to ONNX, and another resolves ties as it likes
+    best, partner = F.pad(scores, [0, 1], value=-2.).max(dim=2)  # one extra column: max fails on none
+    # rank by comparison: ONNX has no stable sort, and another one breaks ties arbitrarily
     mine, others = best.unsqueeze(2), best.unsqueeze(1)
     position = torch.arange(n, device=tokens.device)
     earlier = position[::2] < position[::2].unsqueeze(1)
@@ -356,7 +356,7 @@ class Stages:
         self.representative_token = representative_token
         self.states = torch.jit.annotate(List[StageState], [])  # the outermost first
         self.selections = torch.jit.annotate(List[Selection], [])  # the last one counts
-        self.slow_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, N) where each token belongs by now
+        self.slow_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, N) slow token of each token
         self.keep_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, K) raster indices of informative patches
         self.member_idx = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, P + M) tokens of the given sequence
         self.sizes = torch.jit.annotate(Optional[torch.Tensor], None)  # (B, P + M) number of patches of each token
@@ -415,7 +415,7 @@ class Stages:
         if sizes is None:
             return None
         N = sizes.shape[1]
-        # rows as far apart as fused attention on a GPU wants them: it would copy the bias in every block
+        # rows padded to a multiple of 8: otherwise fused attention on a GPU copies the bias in every block
         return F.pad(sizes.log().to(x.dtype), [0, 8 - N % 8])[:, None, None, :N]
 
     def divide_rope(self, rope: torch.Tensor) -> torch.Tensor:

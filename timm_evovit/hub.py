@@ -64,13 +64,13 @@ def resolve_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any], fall
     cfg = resolve_pretrained_cfg(
         variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
     if cfg.url and cfg.source is None:
-        cfg = replace(cfg, hf_hub_id=None)  # no tag has a url, so this one was handed over; timm would prefer the Hub
+        cfg = replace(cfg, hf_hub_id=None)  # a url given by the user, no tag has one; timm would prefer the Hub
     if pretrained and cfg.tag == 'evovit_in1k' and not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(
             f"No weights are configured for {variant}.evovit_in1k. Either set {HUB_VARIABLE}, before timm is imported, "
             f"to an organisation of the Hugging Face Hub that holds them; or convert the authors' file, `timm-evovit "
-            f"convert {variant} --output DIR`, and create the model as 'local-dir:DIR'; or use weights that are on the "
-            f"Hub: {fallback_hint}.")
+            f"convert {variant} --output DIR`, and create the model as 'local-dir:DIR'. Weights on the Hub: "
+            f"{fallback_hint}.")
     return cfg
 
 

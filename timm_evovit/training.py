@@ -50,7 +50,8 @@ class AssistedLoss(nn.Module):
     `ClassificationTask(model, AssistedLoss(criterion))`.
 
     Args:
-        criterion: Loss of one tensor of logits and a target.
+        criterion: Loss of one tensor of logits and a target. With `set_distilled_training(True)` as well, Evo-LeViT
+            returns two pairs, and the criterion gets a pair.
     """
 
     def __init__(self, criterion: nn.Module) -> None:

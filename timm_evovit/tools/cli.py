@@ -19,6 +19,15 @@ from .sweep_report import describe, how_to_use, plot, table, write
 from .visualize import data_config, find_images, sheet, visualize
 
 
+class _ModelKwargs(ParseKwargs):
+    """timm's KEY=VALUE arguments, with an error for others."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        if wrong := [value for value in values if '=' not in value]:
+            raise argparse.ArgumentError(self, f'must be KEY=VALUE, got {wrong[0]!r}')
+        super().__call__(parser, namespace, values, option)
+
+
 def _create(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
     """The model that the command line describes, and the arguments that it was created with."""
     sizes = {k: v for k in ('img_size', 'num_classes') if (v := getattr(args, k)) is not None}
@@ -160,7 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument('--output', metavar='DIR', required=True, type=Path, help='folder to write to')
     common.add_argument('--use-ema', action='store_true', help="the checkpoint's moving average of the weights")
     common.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='arguments of the model')
+        '--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
+        help='arguments of the model')
 
     model = argparse.ArgumentParser(add_help=False, parents=[common])
     weights = model.add_mutually_exclusive_group()
@@ -222,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument('--amp-dtype', choices=['bfloat16', 'float16'], help='mixed precision (default: float32)')
     replace = command.add_argument_group("options that replace the model's data configuration, as in timm's scripts")
     replace.add_argument('--crop-pct', metavar='RATIO', type=float)
-    replace.add_argument('--interpolation', metavar='NAME')
+    replace.add_argument('--interpolation', choices=['bicubic', 'bilinear', 'nearest', 'lanczos', 'hamming', 'box'])
     replace.add_argument('--mean', metavar='VALUE', type=float, nargs='+')
     replace.add_argument('--std', metavar='VALUE', type=float, nargs='+')
     return parser

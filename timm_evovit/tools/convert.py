@@ -19,7 +19,7 @@ from timm.models._hub import generate_readme
 from ..checkpoints import rename_authors
 from ..hub import PUBLISHED
 
-DROPPED = {  # what a model may have no place for: reason, and beginnings of the keys
+DROPPED = {  # tensors that a model may lack: why, and the beginnings of their keys
     'copies of tensors under blocks': ('stage_blocks.',),
     'assisted_cls=False, no class token branch': ('norm_cls.', 'head_cls'),
     'the tradeoff is a fixed number': ('tradeoff',),
@@ -90,8 +90,9 @@ def _download(name: str) -> Path:
             raise RuntimeError('gdown returned no file')  # gdown before version 6 prints the reason
     except Exception as e:
         raise RuntimeError(
-            f'{path} was not downloaded: {e}\nThe download needs gdown (pip install gdown), the next try goes on. Or '
-            f'download https://drive.google.com/file/d/{file_id}/view in a browser and pass the file.') from e
+            f'{path} was not downloaded: {e}\nThe download needs gdown (pip install gdown). Run the command again to '
+            f'resume it, or pass the file of https://drive.google.com/file/d/{file_id}/view, downloaded in a browser.'
+        ) from e
     return path
 
 
@@ -101,7 +102,7 @@ def load_exactly(model: torch.nn.Module, weights: Dict[str, torch.Tensor], path:
         model.load_state_dict(weights)
     except RuntimeError as e:  # it names every tensor
         raise ValueError(
-            f'{path} does not fit the model, is it of another readout (global_pool) or image size? '
+            f'{path} does not fit the model. It may be of another model, readout (global_pool) or image size: '
             f'{shorten(str(e), 500)}') from e
 
 
