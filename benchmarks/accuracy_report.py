@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """Table and plot of what `accuracy.py` has trained and timed.
 
-    python benchmarks/accuracy_report.py
-    python benchmarks/accuracy_report.py --page docs/accuracy.md
-    python benchmarks/accuracy_report.py --only family=deit epochs=25 --plot accuracy.png
+    python benchmarks/accuracy_report.py output/cifar10 --plot accuracy.png
 
 Runs of one configuration make one table, each paired with the dense baseline of the same seed. Of the difference to
 that there are two 95 % intervals: over seeds, by the t distribution, says how much another seed might change it (it
@@ -17,7 +15,7 @@ import math
 import statistics
 import zlib
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import numpy as np
 
@@ -29,17 +27,10 @@ Interval = Optional[Tuple[float, float]]
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('results', type=Path, nargs='?', default=Path('benchmarks/results/accuracy'))
-    parser.add_argument(
-        '--only', nargs='+', default=[], metavar='KEY=VALUE', help='configurations, such as family=deit img_size=32')
-    parser.add_argument('--page', type=Path, help='write the tables between the markers of this page')
     parser.add_argument('--plot', type=Path, metavar='PNG')
     args = parser.parse_args(argv)
     if not args.results.is_dir():
         parser.error(f'{args.results} is no folder')
-    if wrong := [word for word in args.only if '=' not in word]:
-        parser.error(f'--only takes KEY=VALUE, got {wrong[0]!r}')
-    if args.page and not args.page.is_file():
-        parser.error(f'there is no page {args.page}')
     return args
 
 
@@ -92,16 +83,15 @@ def image_interval(runs: List[Dict[str, Any]], baselines: List[Dict[str, Any]]) 
     return float(by_image.mean() - half), float(by_image.mean() + half)
 
 
+def split(reports: Iterable[Dict[str, Any]]) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+    """Runs and timings."""
+    reports = list(reports)
+    return [r for r in reports if 'variant' in r], [r for r in reports if 'seconds_per_image' in r]
+
+
 def load(folder: Path) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
     """Runs and timings below a folder."""
-    runs, timings = [], []
-    for path in sorted(folder.rglob('*.json')):
-        report = json.loads(path.read_text())
-        if 'seconds_per_image' in report:
-            timings.append(report)
-        elif 'variant' in report:
-            runs.append(report)
-    return runs, timings
+    return split(json.loads(path.read_text()) for path in sorted(folder.rglob('*.json')))
 
 
 def speed_up(timing: Optional[Dict[str, Any]], variant: str, what: str) -> Optional[float]:
@@ -210,21 +200,11 @@ def speed_table(timings: List[Dict[str, Any]]) -> str:
     return '\n'.join(lines).strip()
 
 
-def fill(text: str, name: str, content: str) -> str:
-    """Put content between `<!-- name -->` and `<!-- /name -->`.
+def plot(comparisons: List[Dict[str, Any]]) -> Any:
+    """Draw top-1 by epoch, dotted if unfinished, and against the speed of training and of inference.
 
-    Raises:
-        ValueError: The text has no such markers.
+    Returns a figure of matplotlib, with a row per configuration.
     """
-    start, end = f'<!-- {name} -->', f'<!-- /{name} -->'
-    if start not in text or end not in text.split(start, 1)[1]:
-        raise ValueError(f'the page has no markers {start} and {end}')
-    before, rest = text.split(start, 1)
-    return f'{before}{start}\n{content}\n{end}{rest.split(end, 1)[1]}'
-
-
-def plot(comparisons: List[Dict[str, Any]], path: Path) -> None:
-    """Per configuration: top-1 by epoch, dotted if unfinished, and against the speed of training and of inference."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
@@ -256,23 +236,17 @@ def plot(comparisons: List[Dict[str, Any]], path: Path) -> None:
         for axis in row:
             axis.grid(alpha=0.3)
             axis.set_visible(axis.has_data())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure
 
 
 def main(argv: Optional[List[str]] = None) -> List[Dict[str, Any]]:
     args = parse_args(argv)
-    runs, timings = ([r for r in found if all(
-        str(r['configuration'].get(key)) == value for key, value in (word.split('=', 1) for word in args.only)
-    )] for found in load(args.results))
+    runs, timings = load(args.results)
     comparisons = compare(runs, timings)
     print(table(comparisons) + '\n\n' + speed_table(timings))
-    if args.page:
-        text = fill(args.page.read_text(), 'accuracy-table', table(comparisons))
-        args.page.write_text(fill(text, 'speed-table', speed_table(timings)))
     if args.plot:
-        plot(comparisons, args.plot)
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        plot(comparisons).savefig(args.plot, dpi=130)
     return comparisons
 
 

@@ -12,10 +12,11 @@ A page marks where a table or a plot goes; what is between the marks is replaced
     <!-- end -->
 
 The first word names one of the tables (speed, dense_features, flops, models, families, families_refused,
-without_training, finetuned, kernels, newcomer, sweep) or plots (speed, top1, without_training, sweep). A plot goes to
-the file named next, beside the page. Conditions choose rows: `KEY=PATTERN[,PATTERN]` compares a value of the row with
-shell patterns, `file=` the name of the result file without `.json`. By default all files are taken whose name starts
-with that of the benchmark. A mark stays empty as long as there is no such file.
+without_training, finetuned, kernels, newcomer, sweep, accuracy, accuracy_speed) or plots (speed, top1,
+without_training, sweep, accuracy). A plot goes to the file named next, beside the page. Conditions choose rows:
+`KEY=PATTERN[,PATTERN]` compares a value of the row with shell patterns, `file=` the name of the result file without
+`.json`. By default all files are taken whose name starts with that of the benchmark, for accuracy all in the folder of
+that name. A mark stays empty as long as there is no such file.
 """
 import argparse
 import hashlib
@@ -27,6 +28,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
+import accuracy_report
 import matplotlib
 import numpy as np
 import timm
@@ -87,11 +89,16 @@ def select(mark: Mark, results: Path) -> List[Row]:
     conditions = dict(mark.conditions)
     files = conditions.pop('file', f"{'speed' if mark.name == 'top1' else mark.name.partition('_refused')[0]}*")
     paths = [path for path in sorted(results.glob('*.json')) if matches(path.stem, files)]
+    if mark.name.startswith('accuracy'):
+        files, paths = 'accuracy/*', sorted((results / 'accuracy').rglob('*.json'))
     if not paths:
         raise FileNotFoundError(f'{results.name} has no file {files}.json')
     rows = []
     for path in paths:
         report = json.loads(path.read_text())
+        if 'rows' not in report:  # of accuracy.py
+            rows.append({**report['configuration'], 'report': report})
+            continue
         of = {key: value for key, value in report.items() if key != 'rows'}
         of['by_run'] = {(row.get('run'), row.get('seed'), row.get('model')): row for row in report['rows']}
         rows += [{**row, 'of': of} for row in report['rows']]
@@ -221,6 +228,25 @@ def without_training_table(rows: List[Row]) -> str:
     models = ', '.join(f"{r['top1']:.2f} %" for r in rows if r['method'] == 'dense' and 'top1' in r)
     header = ['method', 'share of multiply-adds', f'points lost, of {models}', 'speed-up of DeiT-S, of at most']
     return markdown(header, lines) + '\n\n' + made_with(rows)
+
+
+def accuracy_reports(rows: List[Row]) -> Any:
+    """Comparisons, and timings."""
+    runs, timings = accuracy_report.split(row['report'] for row in rows)
+    return accuracy_report.compare(runs, timings), timings
+
+
+def accuracy_table(rows: List[Row]) -> str:
+    return accuracy_report.table(accuracy_reports(rows)[0])
+
+
+def accuracy_speed_table(rows: List[Row]) -> str:
+    return accuracy_report.speed_table(accuracy_reports(rows)[1])
+
+
+def accuracy_plot(rows: List[Row]) -> plt.Figure:
+    """Top-1 on CIFAR-10 by epoch, and against the speed of training and inference, dense and evolving."""
+    return accuracy_report.plot(accuracy_reports(rows)[0])
 
 
 def newcomer_table(rows: List[Row]) -> str:
@@ -364,9 +390,11 @@ TABLES: Dict[str, Callable[[List[Row]], str]] = {
     'speed': speed_table, 'dense_features': dense_features_table,
     'flops': flops_table, 'models': models_table, 'families': families_table, 'families_refused': refused_table,
     'without_training': without_training_table, 'finetuned': finetuned_table, 'kernels': kernels_table,
-    'newcomer': newcomer_table, 'sweep': sweep_table}
+    'newcomer': newcomer_table, 'sweep': sweep_table, 'accuracy': accuracy_table,
+    'accuracy_speed': accuracy_speed_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
-    'speed': speed_plot, 'top1': top1_plot, 'without_training': without_training_plot, 'sweep': sweep_plot}
+    'speed': speed_plot, 'top1': top1_plot, 'without_training': without_training_plot, 'sweep': sweep_plot,
+    'accuracy': accuracy_plot}
 
 
 def digest(mark: Mark, rows: List[Row]) -> str:
