@@ -18,7 +18,6 @@ def main(argv: Optional[List[str]] = None) -> harness.Report:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
     args = parser.parse_args(argv)
-    report = harness.Report('newcomer', args.output, argv=sys.argv[1:] if argv is None else argv)
     process = subprocess.Popen([RUN], stdout=subprocess.PIPE, text=True)
     lines = []
     for line in process.stdout:
@@ -27,6 +26,8 @@ def main(argv: Optional[List[str]] = None) -> harness.Report:
     if process.wait():
         raise SystemExit(f'.ci/run failed, exit status {process.returncode}')
     header = next(i for i, line in enumerate(lines) if line.startswith('model ') and 'top-1 %' in line)
+    # only now: the tests that .ci/run runs compare the documentation with the results that are there
+    report = harness.Report('newcomer', args.output, argv=sys.argv[1:] if argv is None else argv)
     report.add({'command': 'python examples/quickstart.py', 'output': '\n'.join(lines[header:header + 4])},
                {'command': 'pytest', 'output': lines[-1].strip('= ')})
     return report

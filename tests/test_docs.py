@@ -32,6 +32,7 @@ NOT_RUN = {  # beginning of a command, or a part of it: why it is not run here
     r'.*--push-to-hub': 'uploads to the Hub',
     r'timm-evovit convert \S+ --output': 'downloads from Google Drive',
     r'.*benchmarks/accuracy': 'takes hours; test_accuracy_program.py has it in small',
+    r'.*benchmarks/report': 'test_benchmarks.py compares what it makes with the pages',
     r'.*--suite': 'takes an hour; test_benchmarks.py has it in small',
 }
 IN_SMALL = {  # part of a command: arguments that take the place of those before, to run it in seconds
