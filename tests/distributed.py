@@ -1,6 +1,6 @@
 """Training steps of the distributed test, importable by the processes that it starts."""
 import torch
-from helpers import FAMILIES, build, images
+from helpers import FAMILIES, build, images, layerwise_phase
 from timm import task
 from torch import distributed, nn
 
@@ -58,7 +58,7 @@ def train_rank(rank, folder):
         for step in range(STEPS):
             training.train()
             training(*batch(case[0], step, rank))['loss'].backward()
-            phases.append(model.layerwise_phase)
+            phases.append(layerwise_phase(model))
             optimizer.step()
             optimizer.zero_grad()
         torch.save((model.state_dict(), phases), f'{folder}/{"-".join(case)}-{rank}.pt')

@@ -27,6 +27,11 @@ def tiny(name, **kwargs):
     return {**(TINY_LEVIT if 'levit' in name else TINY), **kwargs}
 
 
+def layerwise_phase(model):
+    """Whether tokens are selected before every block at the moment, as in the first epochs of layer-to-stage training."""
+    return model.training and model.layerwise_epochs
+
+
 def randomize(model):
     """Draw weights and statistics that make attention far from uniform, so that tokens differ in rank."""
     levit = hasattr(model, 'stem')

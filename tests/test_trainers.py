@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from helpers import TINY, both_families, build, images_for
+from helpers import TINY, both_families, build, images_for, layerwise_phase
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,13 +29,13 @@ def test_the_phase_follows_from_the_state(family):
 
     expected = logits()
     model.eval()
-    assert not model.layerwise_phase
+    assert not layerwise_phase(model)
     for name, module in model.named_modules():
         module.training = modes[name]
-    assert model.layerwise_phase and model.epochs_started == 1
+    assert layerwise_phase(model) and model.epochs_started == 1
     torch.testing.assert_close(logits(), expected)
     model.set_epoch(3)
-    assert not model.layerwise_phase and not torch.allclose(logits(), expected)
+    assert not layerwise_phase(model) and not torch.allclose(logits(), expected)
     model.set_epoch(0)
     torch.testing.assert_close(logits(), expected)
 

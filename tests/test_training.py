@@ -7,7 +7,7 @@ import helpers
 import pytest
 import timm
 import torch
-from helpers import FAMILIES, both_families
+from helpers import FAMILIES, both_families, layerwise_phase
 from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
@@ -52,7 +52,7 @@ def test_layer_wise_for_so_many_epochs(family):
     assert not torch.allclose(expected[0], expected[2])
     for epoch, y in enumerate(expected):
         model.train()
-        assert model.epochs_started == epoch + 1 and model.layerwise_phase == (epoch < 2)
+        assert model.epochs_started == epoch + 1 and layerwise_phase(model) == (epoch < 2)
         torch.testing.assert_close(logits(model, x), y)
         model.eval()
         with torch.no_grad():
@@ -65,10 +65,10 @@ def test_set_epoch_takes_over_from_counting(family):
     model = build(family, layer_to_stage_epochs=2).train()
     for epoch, layerwise in ((0, True), (1, True), (2, False), (1, True), (300, False)):
         model.set_epoch(epoch)
-        assert model.layerwise_phase == layerwise
+        assert layerwise_phase(model) == layerwise
         for _ in range(3):  # a loop that validates within an epoch
-            assert not model.eval().layerwise_phase
-            assert model.train().layerwise_phase == layerwise
+            assert not layerwise_phase(model.eval())
+            assert layerwise_phase(model.train()) == layerwise
     build(family).set_epoch(1)  # nothing to schedule
     for epoch, error in ((-1, ValueError), (1.0, TypeError), (True, TypeError), ('1', TypeError)):
         with pytest.raises(error, match=f'epoch must be .*{epoch}'):
@@ -101,7 +101,7 @@ def test_the_count_goes_where_the_weights_go(family, tmp_path):
         resumed = build(family, layer_to_stage_epochs=2)
         resumed.load_state_dict(torch.load(tmp_path / 'last.pth.tar')[key])
         for other in (resumed, copy.deepcopy(resumed)):
-            assert other.epochs_started == 2 and not other.train().layerwise_phase
+            assert other.epochs_started == 2 and not layerwise_phase(other.train())
     plain = build(family, seed=1)
     assert 'epochs_started' not in plain.state_dict()
     plain.load_state_dict(model.state_dict())
@@ -121,7 +121,7 @@ def test_weights_of_a_finished_training_start_a_new_one(family):
     for epochs in (0, 1):
         tuned = build(family, layer_to_stage_epochs=epochs, num_classes=3, **create)
         if epochs:
-            assert tuned.epochs_started == 0 and tuned.train().layerwise_phase
+            assert tuned.epochs_started == 0 and layerwise_phase(tuned.train())
         else:
             assert 'epochs_started' not in tuned.state_dict()
 
@@ -131,20 +131,20 @@ def test_a_scheduled_model_from_the_meta_device(family):
     model = build(family, layer_to_stage_epochs=1)
     model.set_epoch(5)
     model.init_weights()
-    assert model.epochs_started == 0 and model.layerwise_phase == model.training
+    assert model.epochs_started == 0 and layerwise_phase(model) == model.training
     meta = timm.create_model(FAMILIES[family], layer_to_stage_epochs=1, device='meta')
-    assert meta.train().layerwise_phase and not meta.eval().layerwise_phase
+    assert layerwise_phase(meta.train()) and not layerwise_phase(meta.eval())
 
 
 @both_families
 def test_informative_tokens_starts_no_epoch(family):
     model = build(family, layer_to_stage_epochs=1).train()
     selections = len(informative_tokens(model, images(family)))
-    assert model.epochs_started == 1 and model.layerwise_phase and model.training
+    assert model.epochs_started == 1 and layerwise_phase(model) and model.training
     assert selections == len(informative_tokens(build(family), images(family)))
     compiled = torch.compile(model, backend='eager')
     assert len(informative_tokens(compiled, images(family))) == selections
-    assert model.epochs_started == 1 and model.layerwise_phase and model.training
+    assert model.epochs_started == 1 and layerwise_phase(model) and model.training
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_distributed(two_processes, case, monkeypatch):
             batches = [[torch.cat(pair) for pair in zip(*batches)]]
         for x, y in batches:  # batch norms see the samples of their own rank
             (training(x, y)['loss'] / len(batches)).backward()
-        phases.append(model.layerwise_phase)
+        phases.append(layerwise_phase(model))
         optimizer.step()
         optimizer.zero_grad()
     assert phases == ranks[0][1] == ranks[1][1] == [case[1] == 'switch'] * 2 + [False]
@@ -304,7 +304,7 @@ def test_ema_averages_weights(family):
     ema.update(model)
     for name, p in ema.module.named_parameters():
         torch.testing.assert_close(p, start[name] + 0.25)
-    assert not ema.module.training and not ema.module.layerwise_phase and model.layerwise_phase
+    assert not ema.module.training and not layerwise_phase(ema.module) and layerwise_phase(model)
 
 
 @both_families

@@ -128,12 +128,6 @@ class EvolvingModel(nn.Module):
         schedule = Schedule.build(tradeoff, starts, self.selection, self.slow_tokens)
         return schedule, Schedule.build(tradeoff, starts, 'layer') if self.layerwise_epochs else schedule
 
-    @property
-    @torch.jit.unused
-    def layerwise_phase(self) -> bool:
-        """Whether tokens are selected before every block at the moment, whatever `selection` says."""
-        return self.training and self.layerwise_epochs
-
     def _update_schedule(self) -> None:
         count = self.epochs_started
         self.layerwise_epochs = count is not None and (count.is_meta or int(count) <= self.layer_to_stage_epochs)
@@ -162,10 +156,7 @@ class EvolvingModel(nn.Module):
             self._update_schedule()
 
     def set_assisted_training(self, enable: bool = True) -> None:
-        """Return (averaged-patch logits, class token logits) in training mode, for `AssistedLoss`.
-
-        A model without a class token head, as with class token readout, returns its logits all the same.
-        """
+        """While training with a class token head, return (averaged-patch logits, its logits), for `AssistedLoss`."""
         self.assisted_training = enable
 
     def is_assisted(self) -> bool:
