@@ -7,7 +7,6 @@ timm, which `import torch` must not.
 """
 import sys
 import warnings
-from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any, Callable
@@ -41,8 +40,8 @@ class _Finder:
         if fullname == TARGET:
             sys.meta_path.remove(cls)
             spec: Any = find_spec(fullname)
-            if spec is None:
-                return None
+            if spec is None or spec.loader is None:
+                return spec
             loader, exec_module = spec.loader, spec.loader.exec_module
 
             def exec_module_and_plugins(module: Any) -> None:
@@ -54,6 +53,11 @@ class _Finder:
             return spec
 
 
+def _watch() -> None:
+    if _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
+
+
 def autoload() -> None:
     """Load the plugins once `timm.models` is imported. PyTorch calls this, once per process."""
-    _guard('timm plugins', _load_plugins if TARGET in sys.modules else partial(sys.meta_path.insert, 0, _Finder))
+    _guard('timm plugins', _load_plugins if TARGET in sys.modules else _watch)
