@@ -422,18 +422,20 @@ def measure(args: argparse.Namespace) -> None:
             trainer.infer(images)
 
     steps: Dict[Any, Callable[[], None]] = {}
-    shares: Dict[Any, float] = {}  # of the epochs
     for variant, trainer in trainers.items():
-        first = getattr(trainer.model, 'layer_to_stage_epochs', 0) / args.epochs
-        shares.update({(variant, epoch): share for epoch, share in ((0, first), (args.epochs - 1, 1 - first)) if share})
-        steps.update({key: partial(train_steps, trainer, key[1]) for key in shares if key[0] == variant})
+        steps[variant, 'first'] = partial(train_steps, trainer, 0)
+        steps[variant, 'last'] = partial(train_steps, trainer, args.epochs - 1)
         steps[variant, 'inference'] = partial(inference_steps, trainer)
+        if not getattr(trainer.model, 'layer_to_stage_epochs', 0):
+            del steps[variant, 'first']  # the same as the last one
     times = harness.time_in_turns(steps, args.rounds, warmup=1, seconds=0., device=args.device)
-    images_per_call = args.steps * args.batch_size
-    results = {variant: {
-        'train': [sum(phases) / images_per_call for phases in zip(*(
-            [share * t for t in times[key]] for key, share in shares.items() if key[0] == variant))],
-        'inference': [t / images_per_call for t in times[variant, 'inference']]} for variant in trainers}
+    results = {}
+    for variant, trainer in trainers.items():
+        seconds = {key: np.array(times[variant, key]) / args.steps / args.batch_size
+                   for key in ('first', 'last', 'inference') if (variant, key) in times}
+        share = getattr(trainer.model, 'layer_to_stage_epochs', 0) / args.epochs
+        train = share * seconds.get('first', 0.) + (1 - share) * seconds['last']
+        results[variant] = {'train': train.tolist(), 'inference': seconds['inference'].tolist()}
     report = {
         **harness.made_with(args.device), 'command': harness.command('accuracy', args.argv),
         'configuration': configuration(args), 'baseline': args.variants[0], 'seconds_per_image': results}

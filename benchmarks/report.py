@@ -49,6 +49,7 @@ TOP1 = {  # ImageNet-1k in the papers of Evo-ViT, DeiT and LeViT; LeViT's of 100
     'deit_base_patch16_384': 83.1,
     'levit_128s': 76.6, 'levit_128': 78.6, 'levit_192': 80.0, 'levit_256': 81.6, 'levit_384': 82.6,
 }
+FILES = {'top1': 'speed*', 'families_refused': 'families*', 'accuracy': 'accuracy/*', 'accuracy_speed': 'accuracy/*'}
 LABELS = {'similarity': 'evolve, by similarity', 'attention': "evolve, by class attention (paper's)"}
 Row = Dict[str, Any]
 
@@ -87,10 +88,9 @@ def select(mark: Mark, results: Path) -> List[Row]:
         ValueError: They have no such rows.
     """
     conditions = dict(mark.conditions)
-    files = conditions.pop('file', f"{'speed' if mark.name == 'top1' else mark.name.partition('_refused')[0]}*")
-    paths = [path for path in sorted(results.glob('*.json')) if matches(path.stem, files)]
-    if mark.name.startswith('accuracy'):
-        files, paths = 'accuracy/*', sorted((results / 'accuracy').rglob('*.json'))
+    files = conditions.pop('file', FILES.get(mark.name, f'{mark.name}*'))
+    paths = [path for path in sorted(results.rglob('*.json'))
+             if matches(path.relative_to(results).as_posix().removesuffix('.json'), files)]
     if not paths:
         raise FileNotFoundError(f'{results.name} has no file {files}.json')
     rows = []
@@ -230,23 +230,22 @@ def without_training_table(rows: List[Row]) -> str:
     return markdown(header, lines) + '\n\n' + made_with(rows)
 
 
-def accuracy_reports(rows: List[Row]) -> Any:
-    """Comparisons, and timings."""
-    runs, timings = accuracy_report.split(row['report'] for row in rows)
-    return accuracy_report.compare(runs, timings), timings
+def accuracy_comparisons(rows: List[Row]) -> List[Dict[str, Any]]:
+    return accuracy_report.compare(*accuracy_report.split(row['report'] for row in rows))
 
 
 def accuracy_table(rows: List[Row]) -> str:
-    return accuracy_report.table(accuracy_reports(rows)[0])
+    return accuracy_report.table(accuracy_comparisons(rows))
 
 
 def accuracy_speed_table(rows: List[Row]) -> str:
-    return accuracy_report.speed_table(accuracy_reports(rows)[1])
+    _, timings = accuracy_report.split(row['report'] for row in rows)
+    return accuracy_report.speed_table(timings)
 
 
 def accuracy_plot(rows: List[Row]) -> plt.Figure:
     """Top-1 on CIFAR-10 by epoch, and against the speed of training and inference, dense and evolving."""
-    return accuracy_report.plot(accuracy_reports(rows)[0])
+    return accuracy_report.plot(accuracy_comparisons(rows))
 
 
 def newcomer_table(rows: List[Row]) -> str:

@@ -86,7 +86,7 @@ class Selection(NamedTuple):
     block: int  # the first block that runs on the slow tokens
     group_idx: torch.Tensor  # (B, n) slow token of each patch, num_groups for the one that all others share
     num_groups: int
-    global_attn: Optional[torch.Tensor]  # (B, n) that selected them, None by similarity
+    global_attn: Optional[torch.Tensor]  # (B, n) global class attention that selected them, None by similarity
 
 
 class AttentionContext:
@@ -469,7 +469,8 @@ class EvolvingSequential(nn.Sequential):
         if not isinstance(idx, slice):
             return super().__getitem__(idx)
         blocks = list(self)[idx]
-        if idx.indices(len(self))[::2] != (0, 1):
+        start, _, step = idx.indices(len(self))
+        if start or step != 1:
             return nn.Sequential(*blocks)
         part = EvolvingSequential(
             *blocks, tradeoff=self.tradeoff[idx], num_prefix_tokens=self.num_prefix_tokens,
