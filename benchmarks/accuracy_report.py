@@ -161,7 +161,7 @@ def table(comparisons: List[Dict[str, Any]]) -> str:
         lines += ['', f"**{title(comparison['configuration'])}**", '']
         if comparison['variants']:
             lines += [
-                '| | seeds | top-1 %, mean (each) | to dense, points | 95 % over seeds | 95 % over images | '
+                '| | seeds | top-1 %, mean (each) | points above dense | 95 % over seeds | 95 % over images | '
                 'training, times as fast | inference, times as fast |',
                 '|---|---|---|---|---|---|---|---|']
         for variant, v in comparison['variants'].items():
@@ -186,7 +186,8 @@ def speed_table(timings: List[Dict[str, Any]]) -> str:
         what = 'DeiT' if c['family'] == 'deit' else 'LeViT'
         lines += [
             '', f"**{what} {c['img_size']} x {c['img_size']}, batch {c['batch_size']}, {setting(c)}** "
-            f"({machine['gpu'] or machine['cpu']}, threads: {machine['threads']})", '',
+            f"({machine['gpu'] or machine['cpu']}, {machine['threads']} of {machine['cores']} cores; torch "
+            f"{timing['versions']['torch']}, timm {timing['versions']['timm']}, commit {timing['commit'][:10]})", '',
             '| | training, us per image | times as fast (lowest - highest) | inference, us per image | '
             'times as fast (lowest - highest) |', '|---|---|---|---|---|']
         baseline = timing['seconds_per_image'][timing['baseline']]

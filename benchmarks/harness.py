@@ -239,9 +239,10 @@ def without_folders(text: str) -> str:
 
 
 def made_with(device: str = 'cpu') -> Dict[str, Any]:
-    """Machine, versions, commit and environment."""
+    """Date, machine, versions, commit and environment."""
     return {
-        'machine': machine(device), 'versions': versions(), 'commit': commit(),
+        'date': datetime.date.today().isoformat(), 'machine': machine(device), 'versions': versions(),
+        'commit': commit(),
         'environment': {k: without_folders(v) for k, v in os.environ.items() if k.startswith(ENVIRONMENT)}}
 
 
@@ -270,8 +271,7 @@ class Report:
         """
         self.path = path
         self.data: Dict[str, Any] = {
-            'benchmark': benchmark, 'date': datetime.date.today().isoformat(), **made_with(device),
-            'command': command(benchmark, argv), 'rows': [],
+            'benchmark': benchmark, **made_with(device), 'command': command(benchmark, argv), 'rows': [],
         }
         self.write()
 

@@ -222,11 +222,11 @@ def without_training_table(rows: List[Row]) -> str:
         speed = timed.get(method)
         lines.append([
             method, f"{of[0]['share']:.3f}",
-            ', '.join(f"{r['lost']:.2f} +- {r['lost_error']:.2f}" for r in of),
+            ', '.join(f"{r['lost']:.2f} ± {r['lost_error']:.2f}" for r in of),
             f"**{speed['speed_up']:.2f}** ({speed['speed_up_min']:.2f} - {speed['speed_up_max']:.2f}) of "
             f"{1 / speed['share']:.2f}" if speed else ''])
     models = ', '.join(f"{r['top1']:.2f} %" for r in rows if r['method'] == 'dense' and 'top1' in r)
-    header = ['method', 'share of multiply-adds', f'points lost, of {models}', 'speed-up of DeiT-S, of at most']
+    header = ['method', 'share of multiply-adds', f'points lost, of {models}', 'speed-up of DeiT-S, of its multiply-adds']
     return markdown(header, lines) + '\n\n' + made_with(rows)
 
 
@@ -251,6 +251,8 @@ def accuracy_plot(rows: List[Row]) -> plt.Figure:
 def newcomer_table(rows: List[Row]) -> str:
     """What the commands for a newcomer print."""
     lines = [line for r in rows for line in (f"$ {r['command']}", r['output'])]
+    machine = rows[0]['of']['machine']
+    lines[0] += f"    # {machine['cpu']}, {machine['cores']} cores"
     return '\n'.join(['```text', *lines, '```'])
 
 
@@ -276,7 +278,7 @@ def finetuned_table(rows: List[Row]) -> str:
         lines.append([
             method, f"{of[0]['share']:.3f}", ', '.join(f"{r['before']:.2f}" for r in of),
             ', '.join(f"{r['top1']:.2f}" for r in of),
-            ', '.join(f"{r['lost']:.2f} +- {r['lost_error']:.2f}" for r in of) if method != 'dense' else ''])
+            ', '.join(f"{r['lost']:.2f} ± {r['lost_error']:.2f}" for r in of) if method != 'dense' else ''])
     header = ['method', 'share of multiply-adds', 'top-1 %, before', 'fine-tuned', 'points lost to dense, fine-tuned']
     return markdown(header, lines) + '\n\n' + made_with(rows)
 
@@ -332,16 +334,17 @@ def speed_plot(rows: List[Row]) -> plt.Figure:
 
 
 def top1_plot(rows: List[Row]) -> plt.Figure:
-    """Top-1 in the papers against measured speed, a line from each dense model to its Evo-ViT."""
+    """Top-1 in the papers against measured speed, a line from each dense model that has one to its Evo-ViT."""
     figure, axis = plt.subplots(figsize=(7.2, 4.6), layout='constrained')
     for r in rows:
-        if r['model'] == r['baseline'] or r['model'] not in TOP1 or r['baseline'] not in TOP1:
+        if r['model'] == r['baseline'] or r['model'] not in TOP1:
             continue
-        b = baseline(r)
-        if b['img_size'] != r['img_size'] or (r['img_size'] != 224 and '384' not in r['baseline'].rsplit('_', 1)[-1]):
-            continue  # the papers have no dense model of this size
-        axis.plot([q['images_per_second'] for q in (b, r)], [TOP1[q['model']] for q in (b, r)], color='0.7', zorder=1)
-        for q, colour, marker, dy in ((b, 'C1', 's', 7), (r, 'C0', 'o', -7)):
+        # a dense model's top-1 is of images of its own size
+        has_dense = timm.get_pretrained_cfg(r['baseline']).input_size[2] == r['img_size']
+        points = [(r, 'C0', 'o', -7 if has_dense else 7)] + [(baseline(r), 'C1', 's', 7)] * has_dense
+        axis.plot(
+            [q['images_per_second'] for q, *_ in points], [TOP1[q['model']] for q, *_ in points], color='0.7', zorder=1)
+        for q, colour, marker, dy in points:
             axis.plot(q['images_per_second'], TOP1[q['model']], marker, color=colour)
             axis.annotate(
                 q['model'].replace('_patch16', '').removesuffix('_224'), (q['images_per_second'], TOP1[q['model']]),

@@ -56,7 +56,8 @@ def randomize(model):
 
 
 def build(name, seed=0, **kwargs):
-    """A small model in evaluation mode, see `randomize`."""
+    """A small model of that name, or of a family, in evaluation mode, see `randomize`."""
+    name = FAMILIES.get(name, name)
     torch.manual_seed(seed)
     return randomize(timm.create_model(name, **tiny(name, **kwargs))).eval()
 

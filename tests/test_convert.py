@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 import timm
 import torch
-from helpers import assert_same_weights, authors_names
+from helpers import assert_same_weights, authors_names, build
 from hub_server import Server
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
@@ -29,16 +29,6 @@ NAMESPACE = argparse.Namespace(lr=5e-4, model='evo_deit', nested=argparse.Namesp
 
 def as_options(kwargs):
     return ['--model-kwargs', *(f'{k}={v}'.replace(' ', '') for k, v in kwargs.items())]
-
-
-def build(name, **kwargs):
-    """A model all of whose tensors are random."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10, **kwargs).eval()
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape) + 0.5 if key.endswith('var') else torch.randn(tensor.shape) / 4)
-    return model
 
 
 def authors_checkpoint(weights, ema=None):

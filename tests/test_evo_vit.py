@@ -50,7 +50,7 @@ by_model = pytest.mark.parametrize('name, config', MODELS, ids=[f'{i}-{name}' fo
 by_attention = functools.partial(evolve, slow_tokens='attention')
 
 
-def build(name='vit_base_patch16_224', seed=0, **kwargs):
+def build_dense(name='vit_base_patch16_224', seed=0, **kwargs):
     """A small dense model in float64."""
     gated = name.startswith('gated')
     name = {'gated': 'vit_base_patch16_224', 'gated rope': 'vit_base_patch16_rope_224'}.get(name, name)
@@ -152,7 +152,7 @@ def written_out(dense, evolved, x):
 @by_model
 @torch.no_grad()
 def test_evolves_the_blocks_it_is_given(name, config, kwargs):
-    dense = build(name, **config)
+    dense = build_dense(name, **config)
     x = images_for(dense)
     before = dense(x)
     if dense.cls_token is None and 'slow_tokens' in kwargs:
@@ -184,7 +184,7 @@ def test_evolves_the_blocks_it_is_given(name, config, kwargs):
 @by_model
 @torch.no_grad()
 def test_keep_ratio_1_leaves_outputs(name, config):
-    dense = build(name, **config)
+    dense = build_dense(name, **config)
     x = images_for(dense)
     evolved = evolve(dense, keep_ratio=1)
     torch.testing.assert_close(evolved(x), dense(x))
@@ -194,7 +194,7 @@ def test_keep_ratio_1_leaves_outputs(name, config):
 
 @by_model
 def test_everything_is_shared(name, config):
-    dense = build(name, **config)
+    dense = build_dense(name, **config)
     evolved = evolve(dense)
     assert isinstance(evolved, type(dense))
     assert evolved.pretrained_cfg == dict(dense.pretrained_cfg, architecture='evo_vit')
@@ -208,17 +208,17 @@ def test_everything_is_shared(name, config):
 
 @pytest.mark.parametrize('depth, stages', [(12, (4, 8)), (24, (8, 16)), (6, (2, 4)), (7, (2, 4)), (2, (1,)), (1, ())])
 def test_default_stages_are_a_dense_third_and_two_equal_stages(depth, stages):
-    assert by_attention(build(depth=depth)).stage_starts == stages
+    assert by_attention(build_dense(depth=depth)).stage_starts == stages
 
 
 @pytest.mark.parametrize('depth, stages', [
     (12, (1, 3, 5, 7, 9)), (24, (2, 6, 10, 14, 18)), (8, (1, 3, 5)), (2, (1,)), (1, ())])
 def test_default_stages_by_similarity_start_early(depth, stages):
-    assert evolve(build(depth=depth)).stage_starts == stages
+    assert evolve(build_dense(depth=depth)).stage_starts == stages
 
 
 def test_one_ratio_by_similarity_is_the_geometric_mean_of_a_falling_series():
-    model = evolve(build(depth=12), 0.5)
+    model = evolve(build_dense(depth=12), 0.5)
     assert model.keep_ratio == (0.794, 0.63, 0.5, 0.397, 0.315)
     model.set_keep_ratio(0.7)
     assert all(a > b for a, b in zip(model.keep_ratio, model.keep_ratio[1:]))
@@ -233,7 +233,7 @@ def test_one_ratio_by_similarity_is_the_geometric_mean_of_a_falling_series():
 @pytest.mark.parametrize('name', ['vit_base_patch16_224', 'deit_tiny_distilled_patch16_224', 'eva02_tiny_patch14_224'])
 def test_feature_maps_either_way(name, slow_tokens):
     how = dict(slow_tokens=slow_tokens, stages=(2, 4), keep_ratio=(0.7, 0.5))
-    dense = build(name)
+    dense = build_dense(name)
     x = images_for(dense)
     config = {**SMALL, 'out_indices': (1, 4)}
     features = timm.create_model(name, features_only=True, **config).double().eval()
@@ -259,7 +259,7 @@ some_models = pytest.mark.parametrize('name, config', [MODELS[1], MODELS[6]], id
 @torch.no_grad()
 def test_script_fx_export_and_compile(name, config):
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
-    evolved = evolve(build(name, **config))
+    evolved = evolve(build_dense(name, **config))
     x = images_for(evolved)
     expected = evolved(x)
     torch.testing.assert_close(torch.jit.script(evolved)(x), expected)
@@ -274,14 +274,14 @@ def test_script_fx_export_and_compile(name, config):
 @some_models
 @torch.no_grad()
 def test_copies(name, config, tmp_path):
-    evolved = evolve(build(name, **config))
+    evolved = evolve(build_dense(name, **config))
     x = images_for(evolved)
     expected = evolved(x)
     torch.save(evolved, tmp_path / 'model.pt')
     assert torch.equal(torch.load(tmp_path / 'model.pt', weights_only=False)(x), expected)
     assert torch.equal(copy.deepcopy(evolved)(x), expected)
     torch.save(evolved.state_dict(), tmp_path / 'weights.pt')
-    fresh = build(name, seed=1, **config)
+    fresh = build_dense(name, seed=1, **config)
     fresh.load_state_dict(torch.load(tmp_path / 'weights.pt'))
     assert torch.equal(evolve(fresh)(x), expected)
     assert copy.deepcopy(evolved).bfloat16()(x.bfloat16()).isfinite().all()
@@ -289,7 +289,7 @@ def test_copies(name, config, tmp_path):
 
 @pytest.mark.parametrize('name, config', MODELS[:4] + MODELS[7:8], ids=[name for name, _ in MODELS[:4] + MODELS[7:8]])
 def test_trains(name, config):
-    evolved = evolve(build(name, **config)).train()
+    evolved = evolve(build_dense(name, **config)).train()
     x = images_for(evolved)
     gradients = torch.autograd.grad(evolved(x).square().sum(), list(evolved.parameters()))
     assert all(g.abs().sum() > 0 for g in gradients)
@@ -301,7 +301,7 @@ def test_trains(name, config):
 @pytest.mark.slow
 @some_models
 def test_compiled_training(name, config):
-    evolved = evolve(build(name, **config)).train()
+    evolved = evolve(build_dense(name, **config)).train()
     x = images_for(evolved)
     gradients = [torch.autograd.grad(forward(x).square().sum(), list(evolved.parameters()))
                  for forward in (evolved, torch.compile(evolved, backend='aot_eager', fullgraph=True))]
@@ -311,7 +311,7 @@ def test_compiled_training(name, config):
 @pytest.mark.parametrize('name', ['vit_base_patch16_224', 'eva02_tiny_patch14_224', 'vit_base_patch16_rope_mixed_224'])
 def test_patch_dropout(name):
     """Rotary embeddings are then those of other patches in every image."""
-    dense = build(name, patch_drop_rate=0.3).train()
+    dense = build_dense(name, patch_drop_rate=0.3).train()
     x = images_for(dense)
     outputs = []
     for model in (dense, evolve(dense, 1), evolve(dense), by_attention(dense)):
@@ -331,7 +331,7 @@ def test_ties_are_resolved_by_position():
 @pytest.mark.parametrize('slow_tokens', ['similarity', 'attention'])
 @torch.no_grad()
 def test_fx_traces_an_embedding_for_each_block(slow_tokens):
-    dense = build('vit_base_patch16_rope_mixed_224', dynamic_img_size=False)
+    dense = build_dense('vit_base_patch16_rope_mixed_224', dynamic_img_size=False)
     x = images_for(dense)
     evolved = evolve(dense, slow_tokens=slow_tokens)
     torch.testing.assert_close(torch.fx.symbolic_trace(evolved)(x), evolved(x))
@@ -351,7 +351,7 @@ def test_large_groups_in_bfloat16():
 @torch.no_grad()
 def test_nan_in_nan_out(broken, value):
     """An image that is not finite spoils no other, and is no error: so it is in training that overflows."""
-    evolved = evolve(build())
+    evolved = evolve(build_dense())
     x = images_for(evolved)
     expected = evolved(x)
     x[broken] = float(value)
@@ -369,14 +369,14 @@ def test_a_zero_token_in_half_precision_is_like_no_other():
 
 @pytest.mark.parametrize('keep_ratio', [1., (1., 0.5)])
 def test_the_first_grid_is_called_at_any_ratio(keep_ratio):
-    model, calls = evolve(build(), keep_ratio, stages=(1, 3)), []
+    model, calls = evolve(build_dense(), keep_ratio, stages=(1, 3)), []
     model.blocks[1].grid.register_forward_hook(lambda module, args, output: calls.append(output.shape))
     model(images_for(model))
     assert calls == [(3, 17, 24)]
 
 
 def test_pruning_leaves_the_series_of_ratios():
-    model = evolve(build(depth=12), 0.5)
+    model = evolve(build_dense(depth=12), 0.5)
     ratios = model.keep_ratio
     model.prune_intermediate_layers([4])
     model.set_keep_ratio(0.5)
@@ -384,14 +384,14 @@ def test_pruning_leaves_the_series_of_ratios():
 
 
 def test_an_empty_batch_of_grouped_keys():
-    dense = build(
+    dense = build_dense(
         'vit_5b_patch16_sapiens2', num_heads=4, embed_dim=32, num_kv_heads=2, init_values=0.5, dynamic_img_size=False)
     x = images_for(dense)[:0]
     assert evolve(dense)(x).shape == dense(x).shape == (0, 10)
 
 
 def test_modes_are_not_shared():
-    dense = build(drop_path_rate=0.5, proj_drop_rate=0.5)
+    dense = build_dense(drop_path_rate=0.5, proj_drop_rate=0.5)
     x = images_for(dense)
     evolved = evolve(dense).train()
     assert torch.equal(dense(x), dense(x)) and not torch.equal(evolved(x), evolved(x))
@@ -403,10 +403,10 @@ def test_modes_are_not_shared():
 
 
 def test_another_input_size():
-    evolved = evolve(build())
+    evolved = evolve(build_dense())
     evolved.set_input_size((48, 32))
     x = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(0)).double()
-    dense = build(img_size=(48, 32))
+    dense = build_dense(img_size=(48, 32))
     dense.load_state_dict(evolved.state_dict())
     assert torch.equal(evolved(x), evolve(dense)(x)) and informative_tokens(evolved, x)[0].mask.shape == (2, 6, 4)
 
@@ -435,8 +435,8 @@ class OtherTransformer(VisionTransformer):
     (lambda: OtherTransformer(**SMALL), TypeError, 'got OtherTransformer'),
     (lambda: timm.create_model('resnet10t'), TypeError, 'got ResNet'),
     (lambda: timm.create_model('evo_deit_tiny', **SMALL), TypeError, 'EvoVisionTransformer evolves already'),
-    (lambda: evolve(build()), TypeError, 'EvolvedVisionTransformer evolves already'),
-    (lambda: torch.compile(build()), TypeError, 'got OptimizedModule'),
+    (lambda: evolve(build_dense()), TypeError, 'EvolvedVisionTransformer evolves already'),
+    (lambda: torch.compile(build_dense()), TypeError, 'got OptimizedModule'),
 ], ids=lambda v: None if callable(v) else '')
 def test_what_cannot_evolve_is_refused(model, error, message):
     model = model()
@@ -459,7 +459,7 @@ def test_what_cannot_evolve_is_refused(model, error, message):
     (dict(representative_token=True), ValueError, 'representative_token must be left out'),
 ])
 def test_bad_arguments_leave_the_model_alone(kwargs, error, message):
-    dense = build()
+    dense = build_dense()
     x = images_for(dense)
     with torch.no_grad():
         before = dense(x)

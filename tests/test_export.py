@@ -29,7 +29,7 @@ MODELS = {
 }
 
 
-def build(name):
+def create(name):
     torch.manual_seed(0)
     return randomize(MODELS[name]()).eval()
 
@@ -53,7 +53,7 @@ class WithGroups(torch.nn.Module):
 @pytest.mark.parametrize('name', MODELS)
 def test_one_graph_for_every_batch_size(name, training):
     torch._dynamo.reset()
-    model = build(name).train(training)
+    model = create(name).train(training)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     for batch in (2, 8, 5):
@@ -73,7 +73,7 @@ def test_one_graph_for_every_batch_size(name, training):
 def test_onnx(name, dynamo, tmp_path):
     if name == 'mixed rope' and not dynamo:
         pytest.skip("timm's dense model of this kind is not exported through TorchScript either")
-    model = reparameterize_model(build(name))
+    model = reparameterize_model(create(name))
     some_images = functools.partial(images_for, model)
     path = tmp_path / 'model.onnx'
     if dynamo:

@@ -39,7 +39,7 @@ def digits(tmp_path_factory):
 
 
 @functools.lru_cache(None)
-def build(name):
+def classifier(name):
     """A model with random weights that tells digits apart, rightly or wrongly."""
     torch.manual_seed(0)
     model = randomize(timm.create_model(name, **MODELS[name])).eval()
@@ -67,7 +67,7 @@ def words(name):
 def command(tmp_path, capsys):
     """Run the command with weights that `build` draws; returns exit status, sweep.json, output and error output."""
     def command(name, data_dir, *args, output='out'):
-        torch.save(build(name).state_dict(), tmp_path / 'model.pth')
+        torch.save(classifier(name).state_dict(), tmp_path / 'model.pth')
         args = [*words(name), '--checkpoint', tmp_path / 'model.pth', '--data-dir', data_dir, '--output',
                 tmp_path / output, '--rounds', 1, '-j', 0, '-b', 16, '--keep-ratio', *RATIOS, *args]
         status = main(['sweep', *map(str, args)])
@@ -88,7 +88,7 @@ def logits(model, root, **kwargs):
 
 def at_ratios(name):
     """The dense model first."""
-    model = build(name)
+    model = classifier(name)
     if not name.startswith('evo'):
         yield None, model
         model = evolve(model)
@@ -199,7 +199,7 @@ def test_speed_is_the_median_of_rounds():
 
 def test_mixed_precision(command, digits):
     status, result, *_ = command('evo_deit_tiny', digits, '--amp-dtype', 'bfloat16')
-    model = build('evo_deit_tiny')
+    model = classifier('evo_deit_tiny')
     model.set_keep_ratio(1)
     with torch.autocast('cpu', torch.bfloat16):
         output, target = logits(model, digits / 'validation')
@@ -252,7 +252,7 @@ def test_a_class_map_gives_the_numbers(command, digits, tmp_path):
             (some / label / path.name).write_bytes(path.read_bytes())
     (tmp_path / 'map.txt').write_text('\n'.join('0123456789'))
     status, result, *_ = command('evo_deit_tiny', some, '--class-map', tmp_path / 'map.txt')
-    model = build('evo_deit_tiny')
+    model = classifier('evo_deit_tiny')
     model.set_keep_ratio(1)
     output, target = logits(model, some)
     top1 = (output.argmax(1) == torch.tensor([3, 7])[target]).float().mean().item()
@@ -314,7 +314,7 @@ def test_the_line_of_python_builds_the_model(command, digits, prefer, name, rati
 
 def at_ratios_copies(name):
     """As `at_ratios`, one model each."""
-    dense = build(name)
+    dense = classifier(name)
     for ratio in [None, *RATIOS]:
         if ratio is None:
             yield ratio, dense
@@ -342,7 +342,7 @@ def test_the_arguments_are_those_of_validate(command, digits, prefer, tmp_path, 
 
 def test_a_folder_of_timm(digits, tmp_path, prefer, capsys):
     prefer(0.5)
-    model = build('vit_tiny_patch16_224')
+    model = classifier('vit_tiny_patch16_224')
     timm.models.save_for_hf(model, tmp_path / 'model', model_args=MODELS['vit_tiny_patch16_224'], safe_serialization=True)
     assert main(['sweep', f'local-dir:{tmp_path / "model"}', '--pretrained', '--data-dir', str(digits), '--output',
                  str(tmp_path / 'out'), '--rounds', '1', '-j', '0', '--keep-ratio', '0.5']) == 0
@@ -366,8 +366,8 @@ def test_a_folder_of_timm(digits, tmp_path, prefer, capsys):
 def test_moving_average_of_the_weights(digits, tmp_path, use_ema):
     """timm's create_model takes it if there is one, its scripts only if they are told to."""
     name = 'evo_deit_tiny'
-    ema = {k: v + 0.05 for k, v in build(name).state_dict().items()}
-    torch.save({'state_dict': build(name).state_dict(), 'state_dict_ema': ema}, tmp_path / 'both.pth')
+    ema = {k: v + 0.05 for k, v in classifier(name).state_dict().items()}
+    torch.save({'state_dict': classifier(name).state_dict(), 'state_dict_ema': ema}, tmp_path / 'both.pth')
     args = [*words(name), '--checkpoint', tmp_path / 'both.pth', *(['--use-ema'] if use_ema else []), '--data-dir', digits,
             '--output', tmp_path / 'out', '--rounds', 1, '-j', 0, '--limit', 8, '--keep-ratio', 0.5]
     assert main(['sweep', *map(str, args)]) == 0
@@ -375,13 +375,13 @@ def test_moving_average_of_the_weights(digits, tmp_path, use_ema):
     assert ('--use-ema' in result['arguments']) == use_ema
     scope = {'timm': timm}
     exec(result['python'], scope)
-    assert_same_weights(scope['model'], ema if use_ema else build(name))
+    assert_same_weights(scope['model'], ema if use_ema else classifier(name))
 
 
 def test_few_pictures_are_said_to_be_few(command, digits, prefer):
     prefer(0.5)
     *_, out, _ = command('evo_deit_tiny', digits)
-    assert '60 pictures are few' in out and '95 % interval' in out
+    assert 'With only 60 pictures' in out and '95 % interval' in out
 
 
 def test_plot(command, digits, tmp_path, monkeypatch):
@@ -531,3 +531,12 @@ def test_interrupted_it_leaves_what_it_has_measured(command, digits, tmp_path, i
 def test_interrupted_at_once_it_leaves_nothing(command, digits, tmp_path, interrupt):
     interrupt(1)
     assert command('evo_deit_tiny', digits, output='new/out')[0] == 130 and not (tmp_path / 'new').exists()
+
+
+def test_a_recorded_sweep_says_what_it_was_made_with(digits, tmp_path):
+    run(BENCHMARKS / 'sweep.py', *words('evo_deit_tiny'), '--data-dir', digits, '-b', 2, '--rounds', 1, '--limit', 8,
+        '--workers', 0, '--keep-ratio', 0.5, '--output', tmp_path / 'sweep-x.json', cwd=tmp_path)
+    result = json.loads((tmp_path / 'sweep-x.json').read_text())
+    assert result['complete'] and len(result['rows']) == 2 and result['images'] == 8
+    assert {'date', 'machine', 'versions', 'commit', 'command'} <= set(result)
+    assert result['command'].startswith('python benchmarks/sweep.py evo_deit_tiny ') and str(tmp_path) not in str(result)

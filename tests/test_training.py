@@ -7,15 +7,11 @@ import helpers
 import pytest
 import timm
 import torch
-from helpers import FAMILIES, both_families, layerwise_phase
+from helpers import FAMILIES, both_families, build, layerwise_phase
 from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
 from timm_evovit import AssistedLoss, informative_tokens
-
-
-def build(family, **kwargs):
-    return helpers.build(FAMILIES[family], **{**({'depth': 6} if family == 'deit' else {}), **kwargs})
 
 
 def images(family, n=4, seed=1):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import build
 from PIL import Image
 
 from timm_evovit.base import InformativeTokens
@@ -12,13 +13,7 @@ from timm_evovit.tools.visualize import draw, find_images, open_image, sheet, vi
 
 GAP, TOP, SIDE = 8, 26, 224  # space around a panel, where its picture begins, size of it
 DEIT = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2, depth=6)
-LEVIT = dict(img_size=64, embed_dim=(16, 24, 32), key_dim=4, num_heads=(2, 3, 4), depth=(4, 2, 2))
 TINY = ['--model-kwargs', *(f'{k}={v}' for k, v in DEIT.items())]
-
-
-def build(name='evo_deit_tiny', **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, **{**(LEVIT if 'levit' in name else DEIT), 'num_classes': 10, **kwargs})
 
 
 def ramp(height=40, width=60):
@@ -158,7 +153,7 @@ def test_goes_on_after_files_that_cannot_be_read(photos, monkeypatch):
     content = (photos / 'b.png').read_bytes()
     (photos / 'cut.png').write_bytes(content[:len(content) // 2])
     names = ['notes.txt', 'cut.png', 'missing.png', 'deep/c.GIF', 'b.png']
-    drawings = dict(visualize(build(), [photos / name for name in names]))
+    drawings = dict(visualize(build('evo_deit_tiny', **DEIT), [photos / name for name in names]))
     assert [isinstance(d, Exception) for d in drawings.values()] == [True] * 4 + [False]
 
 
@@ -170,7 +165,7 @@ def captions(monkeypatch, *args, **kwargs):
 
 
 def test_names_the_classes_of_imagenet(photos, monkeypatch):
-    many = build(num_classes=1000)
+    many = build('evo_deit_tiny', num_classes=1000, **DEIT)
     torch.nn.init.zeros_(many.head.weight)
     torch.nn.init.zeros_(many.head_cls.weight)
     for head in (many.head, many.head_cls):
@@ -179,7 +174,7 @@ def test_names_the_classes_of_imagenet(photos, monkeypatch):
     assert captions(monkeypatch, many, [photos / 'a.jpg']) == [
         f'{photos.name}/a.jpg   tabby 40.0%   golden retriever 30.0%   strawberry 15.0%   tench 10.0%   toilet tissue 5.0%']
     assert captions(monkeypatch, many, [photos / 'a.jpg'], classes=False) == [f'{photos.name}/a.jpg']
-    assert captions(monkeypatch, build(), [photos / 'a.jpg']) == [f'{photos.name}/a.jpg']
+    assert captions(monkeypatch, build('evo_deit_tiny', **DEIT), [photos / 'a.jpg']) == [f'{photos.name}/a.jpg']
 
 
 # the command
@@ -191,7 +186,7 @@ class Runs:
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    model = build()
+    model = build('evo_deit_tiny', **DEIT)
     torch.nn.init.normal_(model.pos_embed)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
     return model, tmp_path / 'model.pth'

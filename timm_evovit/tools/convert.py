@@ -112,7 +112,7 @@ def _load(model: torch.nn.Module, weights: Dict[str, torch.Tensor], path: Path) 
     renamed = {**rename_authors(weights), **copies}
     lines = []
     if joined := len(weights) - len(renamed):
-        lines.append(f'  {joined} joined to others, which are one tensor in timm')
+        lines.append(f'  {joined} joined with others, such as a value with its query and key, to one tensor')
     own = model.state_dict()
     for why, starts in DROPPED.items():
         if keys := [k for k in renamed if k.startswith(starts) and k not in own]:

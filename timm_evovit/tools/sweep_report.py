@@ -33,19 +33,19 @@ def table(rows: Sequence[Dict[str, Any]]) -> str:
 def describe(report: Dict[str, Any]) -> str:
     """The choice in words, and how to use it."""
     dense, chosen, most = report['rows'][0], report['chosen'], report['max_drop']
-    limit = f'lose at most {most:g} points of top-1' if 'top1' in dense else f'change at most {most:g} % of predictions'
+    limit = 'loses at most {:g} points of top-1' if 'top1' in dense else 'changes at most {:g} % of predictions'
+    limit = limit.format(most)
     if chosen == dense:
-        lines = [f'No keep ratio below 1 is faster than the dense model and would {limit}. To use the dense model:']
+        lines = [f'No keep ratio below 1 is faster than the dense model and {limit}. To use the dense model:']
     else:
         result = 'top-1 is {:.2f} %, that of the dense model {:.2f} %'.format(
             chosen['top1'], dense['top1']) if 'top1' in dense else f'{chosen["lost"]:.2f} % of predictions change'
-        lines = [f'Of the keep ratios that {limit}, {chosen["keep_ratio"]:g} is the fastest: '
+        lines = [f'The fastest keep ratio that {limit} is {chosen["keep_ratio"]:g}, '
                  f'{chosen["speed_up"]:.2f} times as fast as the dense model; {result}.']
         if report['images'] < 1000:
             low, high = chosen['lost_interval']
-            unit = 'points lost' if 'top1' in dense else '% changed'
-            lines += [f'{report["images"]} pictures are few: {low:.2f} to {high:.2f} {unit} are compatible with them '
-                      f'(95 % interval).']
+            what = 'loss may be {:.2f} to {:.2f} points' if 'top1' in dense else 'change may be {:.2f} to {:.2f} %'
+            lines += [f'With only {report["images"]} pictures the true {what.format(low, high)} (95 % interval).']
     return '\n'.join([*lines, '', 'In Python:', report['python'], '', "For timm's scripts:", report['arguments']])
 
 
