@@ -340,8 +340,10 @@ def test_report_writes_what_a_newcomer_sees(tmp_path, results, monkeypatch):
     page = tmp_path / 'page.md'
     page.write_text('<!-- table: newcomer -->\n<!-- end -->\n')
     report.main([str(page), '--results', str(results)])
+    machine = harness.machine()
+    first = f"$ python examples/quickstart.py    # {machine['cpu']}, {machine['cores']} cores"
     assert page.read_text().splitlines()[1:-1] == [
-        '```text', '$ python examples/quickstart.py', 'model  top-1 %', 'deit  97.00', 'evo_deit  98.00', '1.30 times',
+        '```text', first, 'model  top-1 %', 'deit  97.00', 'evo_deit  98.00', '1.30 times',
         '$ pytest', '3 passed in 1.00s', '```']
     command.write_text('#!/bin/sh\nexit 3\n')
     with pytest.raises(SystemExit, match='exit status 3'):
@@ -375,8 +377,8 @@ def test_report_of_models_without_training(tmp_path, results):
     page.write_text('<!-- table: without_training -->\n<!-- end -->\n<!-- plot: without_training x.png -->\n<!-- end -->\n')
     assert report.main([str(page), '--results', str(results)]) == 0
     lines = page.read_text().splitlines()
-    assert '| similarity 0.5 | 0.500 | 1.00 +- 0.30, 3.00 +- 0.40 | **2.00** (1.50 - 2.50) of 2.50 |' in lines
-    assert '| ToMe 0.5 | 0.700 | 1.00 +- 0.30 |  |' in lines  # not timed, so not in the plot
+    assert '| similarity 0.5 | 0.500 | 1.00 ± 0.30, 3.00 ± 0.40 | **2.00** (1.50 - 2.50) of 2.50 |' in lines
+    assert '| ToMe 0.5 | 0.700 | 1.00 ± 0.30 |  |' in lines  # not timed, so not in the plot
     assert Image.open(tmp_path / 'x.png').width > 600
     figure = report.without_training_plot(accuracy.data['rows'] + timed.data['rows'])
     (series,) = figure.axes[0].containers
@@ -395,7 +397,7 @@ def test_report_of_fine_tuned_models(tmp_path, results):
     assert report.main([str(page), '--results', str(results)]) == 0
     lines = page.read_text().splitlines()
     assert '| dense | 1.000 | 70.00 | 71.00 |  |' in lines
-    assert '| similarity 0.6 | 0.620 | 69.00 | 70.50 | 0.50 +- 0.20 |' in lines
+    assert '| similarity 0.6 | 0.620 | 69.00 | 70.50 | 0.50 ± 0.20 |' in lines
 
 
 def test_the_documentation_is_what_the_results_say():
