@@ -13,6 +13,7 @@ from helpers import TINY, assert_same_weights, images, images_for, informative_i
 from safetensors.torch import load_file
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Attention, ParallelScalingBlock, VisionTransformer
+from torch.nn import functional as F
 
 from timm_evovit import evolve, informative_tokens
 from timm_evovit.evolution import group_tokens, match_tokens
@@ -338,12 +339,14 @@ def test_fx_traces_an_embedding_for_each_block(slow_tokens):
 
 
 def test_large_groups_in_bfloat16():
-    """A group of a thousand patches that differ little: its mean is not that of the last few."""
+    """A group of five hundred patches that differ little: its mean is not that of the last few."""
     tokens = 1 + torch.arange(1000.).view(1, 1000, 1) / 1000
-    stage, sizes = group_tokens(tokens.bfloat16(), None, 500, 0)  # all even ones are like the first odd one
-    mean = torch.cat([tokens[:, ::2], tokens[:, 1:2]], dim=1).mean()
+    tokens = F.pad(tokens, [0, 1])
+    tokens[:, 3::2] = tokens[:, 3::2].flip(2)  # all even ones are like the first odd one, and like no other
+    stage, sizes = group_tokens(tokens.bfloat16(), None, 500, 0)
+    mean = torch.cat([tokens[:, ::2, :1], tokens[:, 1:2, :1]], dim=1).mean()
     assert sizes[0, 0] == 501
-    assert stage.slow.dtype == torch.bfloat16 and abs(stage.slow[0, 0].item() - mean.item()) < 0.01
+    assert stage.slow.dtype == torch.bfloat16 and abs(stage.slow[0, 0, 0].item() - mean.item()) < 0.01
 
 
 @pytest.mark.parametrize('value', ['nan', 'inf'])
@@ -358,6 +361,14 @@ def test_nan_in_nan_out(broken, value):
     y = evolved(x)
     others = [i for i in range(3) if i != broken]
     assert y[broken].isnan().all() and torch.equal(y[others], expected[others])
+
+
+def test_large_tokens_in_half_precision():
+    """Their dot products, a million here, are more than half precision holds."""
+    tokens = torch.eye(32)[[0, 0, 1, 2, 3, 0]].unsqueeze(0)
+    tokens[0, 1, 4] = 1  # the first token is less like this one than like the last one
+    assert match_tokens(tokens, 5)[0].tolist() == [[4, 0, 1, 2, 3, 4]]
+    assert match_tokens(1000 * tokens.half(), 5)[0].tolist() == [[4, 0, 1, 2, 3, 4]]
 
 
 def test_a_zero_token_in_half_precision_is_like_no_other():

@@ -184,10 +184,14 @@ def flat_idx(token_idx: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return (token_idx + num_tokens * torch.arange(token_idx.shape[0], device=token_idx.device).unsqueeze(1)).flatten()
 
 
+def take_rows(x: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
+    """Tokens of x (B, N, C), by index (B, M), as rows (B * M, C): faster on a CPU than gather or x[i, j]."""
+    return x.flatten(0, 1).index_select(0, flat_idx(token_idx, x.shape[1]))
+
+
 def take_tokens(x: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, M, C) of x (B, N, C), by index (B, M): whole rows, faster on a CPU than gather or x[i, j]."""
-    rows = x.flatten(0, 1).index_select(0, flat_idx(token_idx, x.shape[1]))
-    return rows.view(token_idx.shape[0], token_idx.shape[1], x.shape[2])
+    """Tokens (B, M, C) of x (B, N, C), by index (B, M)."""
+    return take_rows(x, token_idx).view(token_idx.shape[0], token_idx.shape[1], x.shape[2])
 
 
 @torch.fx.wrap
@@ -230,23 +234,6 @@ def split_tokens(
 
 
 @torch.fx.wrap
-def group_sums(tokens: torch.Tensor, weight: torch.Tensor, group_idx: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """Sums (B, num_groups, C) of the tokens (B, n, C) in each group, weighted by (B, n); `group_idx` is (B, n).
-
-    They are summed in the precision of the weights.
-    """
-    B, n, C = tokens.shape
-    rows = (tokens * weight.unsqueeze(2)).reshape(B * n, C)
-    idx = flat_idx(group_idx, num_groups)
-    out = rows.new_zeros(B * num_groups, C)
-    if torch.jit.is_tracing():  # the ONNX exporter without torch.export loses repeated indices of index_add
-        out = out.scatter_add(0, idx.unsqueeze(1).expand(-1, C), rows)
-    else:
-        out.index_add_(0, idx, rows)  # in place saves a copy
-    return out.view(B, num_groups, C).to(tokens.dtype)
-
-
-@torch.fx.wrap
 def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """One round of bipartite matching (ToMe, https://arxiv.org/abs/2210.09461, section 3).
 
@@ -259,27 +246,31 @@ def match_tokens(tokens: torch.Tensor, num_groups: int) -> Tuple[torch.Tensor, t
         num_groups: Number of groups, n // 2 at least.
 
     Returns:
-        For each token its group, (B, n), and for each group its odd or unmatched even token, (B, num_groups). Groups
-        are numbered in the order of these tokens.
+        For each token its group, (B, n), and its place in an order, (B, n), in which one token of each group comes
+        first, in the order of the groups, and those follow that are joined to one.
     """
-    n = tokens.shape[1]
-    other = tokens[:, 1::2]
-    eps = 1e-6  # not zero in half precision
-    scores = F.normalize(tokens[:, ::2], dim=-1, eps=eps) @ other.transpose(1, 2)
-    scores = scores / torch.linalg.vector_norm(other, dim=-1).clamp_min(eps).unsqueeze(1)
-    best, partner = F.pad(scores, [0, 1], value=-2.).max(dim=2)  # one extra column: max fails on none
-    # rank by comparison: ONNX has no stable sort, and another one breaks ties arbitrarily
-    mine, others = best.unsqueeze(2), best.unsqueeze(1)
+    n, C = tokens.shape[1:]
+    num_joined = n - num_groups
+    length = torch.linalg.vector_norm(tokens, dim=-1).clamp_min(1e-6)  # not zero in half precision
+    even, odd = tokens[:, ::2], tokens[:, 1::2]
+    products = even.new_empty(even.shape[0], even.shape[1], odd.shape[1])
+    products = torch.baddbmm(products, even, odd.transpose(1, 2), beta=0, alpha=1 / C)  # by C against overflow
+    scores = F.pad(products / length[:, 1::2].unsqueeze(1), [0, 1], value=-math.inf)
+    best, partner = scores.max(dim=2)  # over one extra column: max fails on none
+    best = best / length[:, ::2]
+    # joined are those above the least one that is, and the first of its equals: ONNX has no stable sort
     position = torch.arange(n, device=tokens.device)
-    earlier = position[::2] < position[::2].unsqueeze(1)
-    rank = ((others > mine) | ((others == mine) & earlier)).sum(dim=2)
+    last = position.new_full([1], num_joined - 1).clamp_min(0)
+    least = best.sort(dim=1, descending=True).values.index_select(1, last)
+    above, equal = best > least, best == least
+    joins = above | (equal & (equal.long().cumsum(dim=1) <= num_joined - above.sum(dim=1, keepdim=True)))
     pair = position // 2  # of an even token and the odd one that follows
-    joined = (rank < n - num_groups).index_select(1, pair) & (position % 2 == 0)
+    joined = joins.index_select(1, pair) & (position % 2 == 0)
     number = (~joined).long().cumsum(dim=1) - 1
     partner_idx = (2 * partner.index_select(1, pair) + 1).clamp_max(n - 1)
-    centre_idx = position.new_zeros(tokens.shape[0], num_groups).scatter_add(
-        1, number.clamp_min(0), torch.where(joined, 0, position))
-    return torch.where(joined, number.gather(1, partner_idx), number), centre_idx
+    group_idx = torch.where(joined, number.gather(1, partner_idx), number)
+    order = torch.where(joined, num_groups - 1 + position - number, number)
+    return group_idx.clamp_max(num_groups - 1), order  # with NaN in the image fewer are joined
 
 
 @torch.fx.wrap
@@ -300,28 +291,45 @@ def group_tokens(
     Returns:
         The stage, whose slow tokens are means over patches, and the sizes of its tokens, (B, P + num_groups).
     """
-    B = x.shape[0]
+    B, N, _ = x.shape
     if sizes is None:
         sizes = torch.ones_like(x[:, :, 0], dtype=at_least_float32(x))
-    group_idx, centre_idx = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
-    prefix_idx = torch.arange(num_prefix_tokens, device=x.device).expand(B, -1)
-    slow_idx = torch.cat([prefix_idx, group_idx + num_prefix_tokens], dim=1)
-    slow_sizes = sizes.new_zeros(B, num_prefix_tokens + num_groups).scatter_add(1, slow_idx, sizes)
-    slow = group_sums(x, sizes / slow_sizes.gather(1, slow_idx), slow_idx, num_prefix_tokens + num_groups)
-    member_idx = torch.cat([prefix_idx, centre_idx + num_prefix_tokens], dim=1)
-    return StageState(x, slow, slow_idx, member_idx, False), slow_sizes
+    group_idx, order = match_tokens(x.detach()[:, num_prefix_tokens:], num_groups)
+    position = torch.arange(N, device=x.device).expand(B, -1)
+    slow_idx = torch.cat([position[:, :num_prefix_tokens], group_idx + num_prefix_tokens], dim=1)
+    order = torch.cat([position[:, :num_prefix_tokens], order + num_prefix_tokens], dim=1)
+    # two places stay empty: torch.export does not know that this is no negative number, and guards against one
+    num_slow, num_joined = num_prefix_tokens + num_groups, larger(0, N - num_prefix_tokens - num_groups)
+    token_idx = position.new_zeros(B, num_slow + num_joined + 2).scatter(1, order, position)
+    member_idx, joined_idx = token_idx[:, :num_slow], token_idx[:, num_slow:]
+    joined_group = slow_idx.gather(1, joined_idx)
+    joined_sizes = sizes.gather(1, joined_idx) * (torch.arange(num_joined + 2, device=x.device) < num_joined)
+    slow_sizes = sizes.gather(1, member_idx).scatter_add(1, joined_group, joined_sizes)
+    # mean over the patches of a group: its centre, and for each token that is joined a part of the way there
+    rows = take_rows(x, member_idx).to(sizes.dtype)  # half precision would lose a part in a large group
+    idx = flat_idx(joined_group, num_slow)
+    weight = (joined_sizes / slow_sizes.gather(1, joined_group)).view(-1, 1)
+    parts = (take_rows(x, joined_idx) - rows.index_select(0, idx)).mul_(weight)
+    if torch.jit.is_tracing():  # the ONNX exporter without torch.export loses repeated indices of index_add
+        rows = rows.scatter_add(0, idx.unsqueeze(1).expand_as(parts), parts)
+    else:
+        rows.index_add_(0, idx, parts)  # in place saves a copy
+    return StageState(x, rows.to(x.dtype).view(B, num_slow, x.shape[2]), slow_idx, member_idx, False), slow_sizes
 
 
 @torch.fx.wrap
-def merge_tokens(stage: StageState, slow: torch.Tensor) -> torch.Tensor:
-    """Slow tokens (B, P + M, C) after any number of blocks to the sequence (B, N, C) as it was before the stage.
+def merge_tokens(stages: List[StageState], slow: torch.Tensor) -> torch.Tensor:
+    """Slow tokens (B, P + M, C) after any number of blocks to the sequence (B, N, C) before the first of nested stages.
 
     Each token receives what the blocks added to its slow token (paper section 'Slow-fast token updating').
     """
-    update = slow - stage.slow
-    if stage.waits:
+    update = slow - stages[-1].slow
+    for i in range(len(stages) - 1, 0, -1):
+        rows = take_rows(update, stages[i].slow_idx).add_(stages[i].x.flatten(0, 1))
+        update = rows.sub_(stages[i - 1].slow.flatten(0, 1)).view_as(stages[i].x)
+    if stages[0].waits:
         update = F.pad(update, [0, 0, 0, 1])
-    return stage.x + take_tokens(update, stage.slow_idx)
+    return stages[0].x + take_tokens(update, stages[0].slow_idx)
 
 
 @torch.fx.wrap
@@ -396,9 +404,7 @@ class Stages:
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens inside the stages to the complete sequence (B, N, C) in raster order."""
-        for i in range(len(self.states)):
-            x = merge_tokens(self.states[len(self.states) - 1 - i], x)
-        return x
+        return merge_tokens(self.states, x) if len(self.states) > 0 else x
 
     def merge_attn(self, global_attn: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
         """Global class attention (B, K) of informative patches to (B, n): placeholders keep what they had."""
