@@ -229,7 +229,7 @@ def plot(comparisons: List[Dict[str, Any]]) -> Any:
             label = f"{run['variant']}, seed {run['seed']}, unfinished"
             row[0].plot(np.arange(1, len(run['top1']) + 1), run['top1'], ':', color=f'C{i}', label=label)
         row[0].set(xlabel='epoch', ylabel='top-1 (%)', title='top-1 by epoch\n(mean of the seeds)')
-        row[0].legend(frameon=False, loc='lower right')
+        row[0].legend(frameon=False, loc='lower right', fontsize='small', labelspacing=0.2)
         for axis, what in zip(row[1:], ('training', 'inference')):
             axis.set(
                 xlabel=f'{what}, times as fast as dense', ylabel='top-1 (%)',
