@@ -181,7 +181,7 @@ def table(comparisons: List[Dict[str, Any]]) -> str:
 def speed_table(timings: List[Dict[str, Any]]) -> str:
     """Microseconds per image of every timing, medians, and the ratios within a round."""
     lines = []
-    for timing in timings:
+    for timing in sorted(timings, key=lambda timing: timing['configuration']['img_size']):
         c, machine = timing['configuration'], timing['machine']
         what = 'DeiT' if c['family'] == 'deit' else 'LeViT'
         lines += [
