@@ -7,6 +7,7 @@ import timm
 import torch
 from helpers import FAMILIES, assert_same_weights, both_families, build, images, images_for, tiny
 from timm.layers import set_fused_attn
+from timm.models import clean_state_dict
 from timm.utils import AttentionExtract
 
 from timm_evovit import EvoLevit, EvoVisionTransformer, evolve, informative_tokens
@@ -27,6 +28,8 @@ every_kind = pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('prefix', ['_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.'])
 def test_prefixes_of_wrapped_models(family, prefix, tmp_path):
     """torch.compile and DistributedDataParallel put them before the names; with and without a checkpoint filter."""
+    if list(clean_state_dict({f'{prefix}weight': None})) != ['weight']:
+        pytest.skip(f'this timm does not take {prefix} from the names of any model')
     name, model, path = FAMILIES[family], build(FAMILIES[family]), str(tmp_path / 'last.pth.tar')
     torch.save({'state_dict': {prefix + k: v for k, v in model.state_dict().items()}}, path)
     other = timm.create_model(name, **tiny(name))

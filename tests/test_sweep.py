@@ -350,9 +350,9 @@ def test_a_folder_of_timm(digits, tmp_path, prefer, capsys):
     scope = {'timm': timm}
     exec(result['python'], scope)
     words = shlex.split(result['arguments'])
-    assert words[:4] == ['--model', 'evo_vit', '--pretrained', '--model-kwargs']
+    assert words[:3] == ['--model', 'evo_vit', '--pretrained']
     kwargs = {}
-    for key, value in (word.split('=') for word in words[4:]):  # as the scripts of timm 1.0.25 read them
+    for key, value in (word.split('=') for word in words[words.index('--model-kwargs') + 1:]):  # as the scripts of timm 1.0.25 read them
         try:
             kwargs[key] = ast.literal_eval(value)
         except ValueError:
