@@ -31,6 +31,7 @@ import harness
 import numpy as np
 import timm
 import torch
+from accuracy_report import TIMED
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_dataset, create_transform
 from timm.layers import set_fused_attn
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -402,7 +403,8 @@ def train(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> None:
     """Time training steps and inference of all variants in turns, and write `time-<family>.json`.
 
-    Layer-to-stage training is timed in both phases and has the mean of its epochs.
+    Layer-to-stage training is timed in both phases and has the mean of its epochs. The files of finished runs of this
+    configuration get the medians too.
     """
     torch.manual_seed(0)
     trainers = {v: Trainer(create_model(v, args.num_classes, args), 100, args) for v in args.variants}
@@ -446,7 +448,23 @@ def measure(args: argparse.Namespace) -> None:
             f'  {k} {1e6 * statistics.median(times[k]):7.0f} us, {statistics.median(r):.2f} times as fast '
             f'({min(r):.2f} - {max(r):.2f})' for k, r in ratios.items()))
     settings = ('-' + args.amp if args.amp else '') + ('-explicit' if args.no_fused_attn else '')
-    harness.write(args.output / f"time-{report['configuration']['family']}{settings}.json", report)
+    path = args.output / f"time-{report['configuration']['family']}{settings}.json"
+    harness.write(path, report)
+    add_to_runs(path)
+
+
+def add_to_runs(path: Path) -> None:
+    """Write the times of a file into those of the finished runs beside it that have its configuration."""
+    timing = json.loads(path.read_text())
+    medians = {variant: {what: statistics.median(seconds) for what, seconds in times.items()}
+               for variant, times in timing['seconds_per_image'].items()}
+    for of_run in path.parent.glob('*-seed*.json'):
+        run = json.loads(of_run.read_text())
+        same = all(run['configuration'].get(key) == timing['configuration'][key] for key in TIMED)
+        if same and run['finished'] and run['variant'] in medians:
+            run['timed'] = {
+                'file': path.name, 'seconds_per_image': {v: medians[v] for v in (timing['baseline'], run['variant'])}}
+            harness.write(of_run, run)
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -93,6 +93,14 @@ def test_all_variants_train_and_are_timed(programs, pictures, tmp_path, capsys):
     accuracy.main([
         'time', 'dense', 'evo-layer-to-stage', *epoch, *SMALL, '--amp', 'bfloat16', '--no-fused-attn', '--rounds', '2',
         '--steps', '1', '--output', str(tmp_path / 'results')])
+    runs = [json.loads(path.read_text()) for path in (tmp_path / 'results').glob('*-seed0.json')]
+    (timing,) = (tmp_path / 'results').glob('time-*.json')
+    times = json.loads(timing.read_text())['seconds_per_image']
+    assert {r['variant']: list(r['timed']['seconds_per_image']) for r in runs if 'timed' in r} == {
+        'dense': ['dense'], 'evo-layer-to-stage': ['dense', 'evo-layer-to-stage']}
+    for r in runs:
+        for variant, found in r.get('timed', {}).get('seconds_per_image', {}).items():
+            assert found == {what: pytest.approx(np.median(times[variant][what])) for what in ('train', 'inference')}
     levit = [name for name in accuracy.VARIANTS if 'levit' in name]
     small = [arg if arg != '16' else '32' for arg in SMALL]
     accuracy.main([
