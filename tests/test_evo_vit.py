@@ -338,14 +338,21 @@ def test_fx_traces_an_embedding_for_each_block(slow_tokens):
     torch.testing.assert_close(torch.fx.symbolic_trace(evolved)(x), evolved(x))
 
 
-def test_large_groups_in_bfloat16():
+def test_large_groups_in_bfloat16(monkeypatch):
     """A group of five hundred patches that differ little: its mean is not that of the last few."""
+    index_add, seen = torch.Tensor.index_add_, []
+
+    def recorded(self, *args):  # on a CPU bfloat16 would do, on a GPU it would not
+        seen.append(self.dtype)
+        return index_add(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, 'index_add_', recorded)
     tokens = 1 + torch.arange(1000.).view(1, 1000, 1) / 1000
     tokens = F.pad(tokens, [0, 1])
     tokens[:, 3::2] = tokens[:, 3::2].flip(2)  # all even ones are like the first odd one, and like no other
     stage, sizes = group_tokens(tokens.bfloat16(), None, 500, 0)
     mean = torch.cat([tokens[:, ::2, :1], tokens[:, 1:2, :1]], dim=1).mean()
-    assert sizes[0, 0] == 501
+    assert sizes[0, 0] == 501 and seen == [torch.float32]
     assert stage.slow.dtype == torch.bfloat16 and abs(stage.slow[0, 0, 0].item() - mean.item()) < 0.01
 
 
@@ -361,6 +368,12 @@ def test_nan_in_nan_out(broken, value):
     y = evolved(x)
     others = [i for i in range(3) if i != broken]
     assert y[broken].isnan().all() and torch.equal(y[others], expected[others])
+
+
+def test_tokens_that_are_like_no_other():
+    """Of opposite tokens the least opposite ones are joined."""
+    tokens = torch.tensor([[[1., 0.], [-0.5, 0.87], [0.6, -0.8], [-1., 0.]]])  # best -0.5 with the second, -0.6 the last
+    assert match_tokens(tokens, 3)[0].tolist() == [[0, 0, 1, 2]]
 
 
 def test_large_tokens_in_half_precision():
