@@ -384,7 +384,7 @@ def without_training_plot(rows: List[Row]) -> plt.Figure:
     axis.invert_yaxis()
     axis.set(xlabel='times as fast as the dense model, measured', ylabel='points of top-1 lost (square root scale)')
     axis.grid(alpha=0.3)
-    axis.legend(handlelength=4, frameon=False, loc='lower left')
+    figure.legend(handlelength=4, frameon=False, loc='outside upper center', ncols=3)
     return figure
 
 
