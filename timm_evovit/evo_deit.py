@@ -48,7 +48,7 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
             keep_ratio: Ratio of slow tokens to patches in (0, 1], one for all evolution stages or one per stage. By
                 similarity, one is the geometric mean of a series, to three decimals, that falls from stage to stage.
             stages: First block of each evolution stage, ascending. Default for 12 blocks: (4, 8), by similarity
-                (1, 4, 7, 10).
+                (1, 3, 5, 7, 9).
             slow_tokens: Find slow tokens by class 'attention' (paper) or by 'similarity', where like patches share one.
                 `representative_token`, `tradeoff`, `selection` and `layer_to_stage_epochs` are of the former only.
             tradeoff: Weight in [0, 1] of a block's class attention in the global class attention, one for all blocks

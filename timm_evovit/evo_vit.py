@@ -124,12 +124,13 @@ class EvoEvaBlockPostNorm(EvaBlockPostNorm):
 def default_stages(depth: int, slow_tokens: str) -> Sequence[int]:
     """First block of each stage.
 
-    By attention, two equal stages follow a dense third. By similarity there are four, a quarter of the depth apart,
-    from a twelfth of it on: blocks 1, 4, 7, 10 of 12. There are fewer where one would be shorter than two blocks.
+    By attention, two equal stages follow a dense third. By similarity, a sixth of the blocks is a stage, two at least,
+    from a twelfth to four fifths of the depth: blocks 1, 3, 5, 7, 9 of 12.
     """
     if slow_tokens == 'attention':
         return sorted({depth // 3, 2 * depth // 3} - {0})
-    return range(max(1, depth // 12), depth - (depth > 2), max(2, depth // 4))[:4]
+    step = max(2, round(depth / 6))
+    return range(step // 2, depth * 4 // 5 + 1, step)
 
 
 @torch.fx.wrap
