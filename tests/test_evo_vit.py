@@ -213,21 +213,25 @@ def test_default_stages_are_a_dense_third_and_two_equal_stages(depth, stages):
 
 
 @pytest.mark.parametrize('depth, stages', [
-    (12, (1, 3, 5, 7, 9)), (24, (2, 6, 10, 14, 18)), (8, (1, 3, 5)), (2, (1,)), (1, ())])
+    (12, (1, 3, 6, 9)), (24, (2, 7, 12, 18)), (16, (1, 4, 8, 12)), (10, (1, 3, 5, 7)), (8, (1, 3, 5)), (6, (1, 3)), (2, (1,)),
+    (1, ())])
 def test_default_stages_by_similarity_start_early(depth, stages):
     assert evolve(build_dense(depth=depth)).stage_starts == stages
 
 
-def test_one_ratio_by_similarity_is_the_geometric_mean_of_a_falling_series():
+def test_one_ratio_by_similarity_falls_by_the_same_factor_from_block_to_block():
     model = evolve(build_dense(depth=12), 0.5)
-    assert model.keep_ratio == (0.794, 0.63, 0.5, 0.397, 0.315)
+    assert model.keep_ratio == (0.786, 0.617, 0.43, 0.3)
     model.set_keep_ratio(0.7)
-    assert all(a > b for a, b in zip(model.keep_ratio, model.keep_ratio[1:]))
-    assert math.isclose(math.prod(model.keep_ratio), 0.7 ** 5, rel_tol=2e-3)
-    model.set_keep_ratio((0.9, 0.9, 0.5, 0.7, 0.7))
-    assert model.keep_ratio == (0.9, 0.9, 0.5, 0.7, 0.7)
+    factors = [ratio ** (1 / (block + 1)) for block, ratio in zip(model.stage_starts, model.keep_ratio)]
+    assert max(factors) - min(factors) < 1e-3
+    assert math.isclose(math.prod(model.keep_ratio), 0.7 ** 4, rel_tol=2e-3)  # 0.7 is the geometric mean
+    model.set_keep_ratio((0.9, 0.9, 0.5, 0.7))
+    assert model.keep_ratio == (0.9, 0.9, 0.5, 0.7)
     model.set_keep_ratio(1)
-    assert model.keep_ratio == (1.,) * 5
+    assert model.keep_ratio == (1.,) * 4
+    assert evolve(build_dense(depth=12), 0.5, stages=[4]).keep_ratio == (0.5,)
+    assert evolve(build_dense(depth=12), 0.5, stages=[2, 5]).keep_ratio == (0.63, 0.397)
 
 
 @pytest.mark.parametrize('slow_tokens', ['similarity', 'attention'])

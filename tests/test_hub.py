@@ -382,7 +382,7 @@ def client_push_vit(push):
     """By the name of its base, and evolved from a model of the Hub."""
     model = create('evo_vit', base='deit_tiny_patch16_224', keep_ratio=0.4, stages=(2, 6))
     again = push_and_reload(model, push, images())
-    assert again.keep_ratio == (0.543, 0.295) and again.model_args['base'] == 'deit_tiny_patch16_224'
+    assert again.keep_ratio == (0.577, 0.277) and again.model_args['base'] == 'deit_tiny_patch16_224'
     dense = create('deit_tiny_patch16_224')
     assert_same_weights(again, dense)
     timm.models.push_to_hf_hub(dense, 'somebody/dense', model_args=TINY)

@@ -46,9 +46,10 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
         """
         Args:
             keep_ratio: Ratio of slow tokens to patches in (0, 1], one for all evolution stages or one per stage. By
-                similarity, one is the geometric mean of a series, to three decimals, that falls from stage to stage.
+                similarity, one is the geometric mean of a series, to three decimals, that falls by the same factor from
+                block to block.
             stages: First block of each evolution stage, ascending. Default for 12 blocks: (4, 8), by similarity
-                (1, 3, 5, 7, 9).
+                (1, 3, 6, 9).
             slow_tokens: Find slow tokens by class 'attention' (paper) or by 'similarity', where like patches share one.
                 `representative_token`, `tradeoff`, `selection` and `layer_to_stage_epochs` are of the former only.
             tradeoff: Weight in [0, 1] of a block's class attention in the global class attention, one for all blocks

@@ -124,13 +124,13 @@ class EvoEvaBlockPostNorm(EvaBlockPostNorm):
 def default_stages(depth: int, slow_tokens: str) -> Sequence[int]:
     """First block of each stage.
 
-    By attention, two equal stages follow a dense third. By similarity, a sixth of the blocks is a stage, two at least,
-    from a twelfth to four fifths of the depth: blocks 1, 3, 5, 7, 9 of 12.
+    By attention, two equal stages follow a dense third. By similarity, four stages start evenly from a twelfth to three
+    quarters of the depth: at blocks 1, 3, 6, 9 of 12. There are fewer where they would be shorter than two blocks.
     """
     if slow_tokens == 'attention':
         return sorted({depth // 3, 2 * depth // 3} - {0})
-    step = max(2, round(depth / 6))
-    return range(step // 2, depth * 4 // 5 + 1, step)
+    starts = [max(1 + 2 * i, depth * (3 + 8 * i) // 36) for i in range(4)]
+    return [start for start in starts if start <= depth * 4 // 5]
 
 
 @torch.fx.wrap
@@ -206,7 +206,7 @@ class EvolvingVit(EvolvingModel):
             all(0 < s < depth for s in starts), 'stages', f'in 1 .. {depth - 1} for a model of {depth} blocks', stages)
         check(all(a < b for a, b in zip(starts, starts[1:])), 'stages', 'in ascending order', stages)
         self.stage_starts: Tuple[int, ...] = tuple(map(int, starts))
-        self.num_stages = len(starts)
+        self.built_stages = self.stage_starts
         if tradeoff is None:
             first = min(self.stage_starts, default=depth)
             tradeoff = (1.,) * first + (0.5,) * (depth - first)
@@ -217,14 +217,16 @@ class EvolvingVit(EvolvingModel):
             num_prefix_tokens=self.num_prefix_tokens,
             representative_token=check_flag('representative_token', representative_token),
         )
-        self._init_evolution(keep_ratio, self.num_stages, slow_tokens, **kwargs)
+        self._init_evolution(keep_ratio, len(starts), slow_tokens, **kwargs)
         self._truncate_to_depth()
 
     def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
         ratios = super()._stage_ratios(keep_ratio, num_stages)
         if self.slow_tokens == 'similarity' and is_number(keep_ratio):
-            # a geometric series whose geometric mean is `keep_ratio`, as built: stages may have been pruned since
-            exponents = [2 * (i + 1) / (self.num_stages + 1) for i in range(num_stages)]
+            # the same factor for every block down to a stage; the geometric mean over the stages is `keep_ratio`. These
+            # are the stages as built: some may have been pruned since
+            depths = [start + 1 for start in self.built_stages]
+            exponents = [len(depths) * depth / sum(depths) for depth in depths]
             ratios = tuple(max(round(r ** exponent, 3), 0.001) for r, exponent in zip(ratios, exponents))
         return ratios
 
