@@ -69,9 +69,8 @@ def test_one_exported_program_for_every_size(name, kwargs):
     model = model if evolving else evolve(model, **kwargs)
     x = images(2, 64)
     dynamic = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    exported = torch.export.export(model, (x,), dynamic_shapes=(dynamic,)).module()
-    onnx = torch.onnx.export(
-        model, (x,), dynamo=True, dynamic_shapes={'x': {0: 'batch', 2: 'height', 3: 'width'}}, verbose=False)
+    program = torch.export.export(model, (x,), dynamic_shapes=(dynamic,))
+    exported, onnx = program.module(), torch.onnx.export(program, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(onnx.model_proto.SerializeToString())
     for batch, size in ((2, (64, 64)), (3, (80, 72)), (1, (16, 120)), (4, (32, 32)), (2, (240, 40))):
         y = images(batch, size)
