@@ -10,9 +10,10 @@
         --similarity 0.6 --attention 0.5 --output benchmarks/results/finetuned.json
 
 Accuracy is that of dense models which accuracy.py has trained, on all validation pictures of --data-dir. Speed is
-measured on DeiT-S with random weights, all methods in turns: run it when the machine has nothing else to do. Methods
-are compared at their share of the dense model's multiply-adds. Checkouts are those of
-github.com/facebookresearch/ToMe, github.com/hchautran/PiToMe and github.com/youweiliang/evit.
+measured on DeiT-S with random weights, all methods in turns: run it when the machine has nothing else to do, with the
+variables of speed.py that keep memory in the allocator. Methods are compared at their share of the dense model's
+multiply-adds. Checkouts are those of github.com/facebookresearch/ToMe, github.com/hchautran/PiToMe and
+github.com/youweiliang/evit.
 """
 import argparse
 import copy
