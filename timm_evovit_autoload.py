@@ -2,8 +2,7 @@
 
 PyTorch loads the entry points of the group `torch.backends` at the end of `import torch`, and timm imports PyTorch
 before `timm.models`. `autoload`, declared there, waits for `timm.models` and then loads every entry point of the group
-`timm.models`, which are modules that register models. This module is outside the package because the package imports
-timm, which `import torch` must not.
+`timm.models`. It is outside the package because that imports timm, which `import torch` must not.
 """
 import sys
 import warnings

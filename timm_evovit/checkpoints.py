@@ -10,10 +10,22 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 _logger = logging.getLogger(__name__)
+BY_SIMILARITY = 'grouped_by_similarity'  # key of the weights of an Evo-DeiT that groups like patches
 
 
-def _rename_deit(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Authors' Evo-DeiT keys to those of EvoVisionTransformer; query and key rows come before the value rows."""
+def warn_by_attention(state_dict: Dict[str, Any], prefix: str = '') -> None:
+    """Warn of weights, for a model that groups like patches, that seem to be trained by class attention."""
+    keys = {prefix + BY_SIMILARITY, f'{prefix}norm_cls.weight', f'{prefix}epochs_started'} & {*state_dict}
+    if keys and prefix + BY_SIMILARITY not in keys:
+        _logger.warning(
+            "The weights have a class token branch or a count of epochs, as those of an Evo-DeiT trained by class "
+            "attention: with slow_tokens='similarity' they are less accurate than with slow_tokens='attention'.")
+
+
+def rename_deit(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Authors' Evo-DeiT keys to those of EvoVisionTransformer. A state dict without them is returned as it is."""
+    if not any(k.startswith('qks.') for k in state_dict):
+        return state_dict
     out = {}
     for key, value in state_dict.items():
         key = re.sub(r'^norms\.(\d+)\.', r'blocks.\1.norm1.', key)
@@ -31,16 +43,14 @@ def _rename_deit(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]
     return out
 
 
-def _rename_levit(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Authors' Evo-LeViT keys to those of EvoLevit.
-
-    The flat list of blocks is cut where a downsampling attention stands, which is the block with keys and values of its
-    own; its MLP is the block behind it.
-    """
+def rename_levit(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Authors' Evo-LeViT keys to those of EvoLevit. A state dict that does not use them is returned as it is."""
+    if not any(re.match(r'patch_embed\.\d', k) for k in state_dict):
+        return state_dict
     names: Dict[int, str] = {}
     stage, block, indices = 0, 0, {int(k.split('.')[1]) for k in state_dict if k.startswith('blocks.')}
     for i in sorted(indices):
-        if f'blocks.{i}.kv.c.weight' in state_dict:
+        if f'blocks.{i}.kv.c.weight' in state_dict:  # a downsampling attention; its MLP is the next block
             stage, block = stage + 1, 0
             names[i] = f'stages.{stage}.downsample.attn_downsample'
         elif names.get(i - 1, '').endswith('.attn_downsample'):
@@ -71,37 +81,19 @@ def _rename_levit(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor
     return out
 
 
-def rename_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """The authors' key names to timm's; a state dict that does not use them is returned as it is.
-
-    Raises:
-        ValueError: A part of what becomes one tensor is missing.
-    """
-    if any(k.startswith('qks.') for k in state_dict):
-        return _rename_deit(state_dict)
-    if any(re.match(r'patch_embed\.\d', k) for k in state_dict):
-        return _rename_levit(state_dict)
-    return state_dict
-
-
 def _weights(state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
-    """The weights in a checkpoint, without the epochs that they were trained for: a new training starts from none."""
+    """The weights in a checkpoint."""
     state_dict = state_dict.get('model', state_dict)
-    state_dict = state_dict.get('state_dict', state_dict)
-    return {k: v for k, v in state_dict.items() if k != 'epochs_started'}
+    return state_dict.get('state_dict', state_dict)
 
 
 def _adapt_readout(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Map norm and head between class token readout (DeiT) and averaged-patch readout (paper).
-
-    With DeiT's weights both branches of a model that averages patches start from DeiT's norm and head. With the paper's
-    weights a model with class token readout gets the assisted class token branch.
-    """
+    """Map norm and head between class token readout (DeiT) and averaged-patch readout with assisted class token."""
     own = model.state_dict()
     if 'norm.weight' in state_dict and 'norm.weight' not in own and 'fc_norm.weight' in own:
         _logger.warning(
-            'The weights classify the class token and the model averages patches: it starts from their norm and head, '
-            'and is a classifier only after fine-tuning.')
+            'The weights classify the class token and the model averages patches: it starts from their norm and head '
+            'and needs fine-tuning.')
         sources = {'fc_norm.': 'norm.', 'norm_cls.': 'norm.', 'head.': 'head.', 'head_cls.': 'head.'}
     elif model.global_pool == 'token' and 'norm_cls.weight' in state_dict and 'norm.weight' not in state_dict:
         sources = {'norm.': 'norm_cls.', 'head.': 'head_cls.'}
@@ -115,51 +107,38 @@ def _adapt_readout(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dic
 
 
 def deit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Make a checkpoint fit an EvoVisionTransformer.
-
-    Takes the authors' key names as well as timm's, and DeiT's weights, drops the class token branch where the model has
-    none, and resamples patch and position embeddings to the model's patch and image size.
-    """
-    state_dict = _adapt_readout(rename_authors(_weights(state_dict)), model)
+    """Make a checkpoint fit an EvoVisionTransformer: key names, readout, patch and image size."""
+    state_dict = _weights(state_dict)
+    if model.by_similarity:
+        warn_by_attention(state_dict)
+        state_dict = {BY_SIMILARITY: getattr(model, BY_SIMILARITY), **state_dict}
+    state_dict = rename_deit({k: v for k, v in state_dict.items() if k != 'epochs_started'})
+    state_dict = _adapt_readout(state_dict, model)
     if model.head_cls is None:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith(('norm_cls.', 'head_cls.'))}
     return vit_checkpoint_filter_fn(state_dict, model)
 
 
-def _resample_pos_embed(pos_embed: torch.Tensor, old_size: Tuple[int, int], new_size: Tuple[int, int]) -> torch.Tensor:
-    """Resample (1, 1 + n, C) from the grid `old_size`. If n does not fit it, from `new_size`, else from a square."""
-    n = pos_embed.shape[1] - 1
-    if n != old_size[0] * old_size[1]:
-        old_size = new_size if n == new_size[0] * new_size[1] else (math.isqrt(n), math.isqrt(n))
-    if old_size == new_size or n != old_size[0] * old_size[1]:
-        return pos_embed
-    return resample_abs_pos_embed(pos_embed, list(new_size), list(old_size))
-
-
 def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Make a checkpoint fit an EvoLevit.
-
-    Takes the authors' key names as well as timm's, drops the class token heads and the learned tradeoff where the model
-    has none, and resamples position embeddings to the model's image size.
-
-    Raises:
-        ValueError: The weights are those of a LeViT.
-    """
-    state_dict = _weights(state_dict)
+    """Make a checkpoint, but not of a LeViT, fit an EvoLevit: key names, heads, learned tradeoff, image size."""
+    state_dict = {k: v for k, v in _weights(state_dict).items() if k != 'epochs_started'}  # a new training starts
     if any('attention_biases' in k for k in state_dict):
         raise ValueError(
-            'The checkpoint is of a LeViT, it has attention_biases and no class token. Evo-LeViT has position '
-            'embeddings and a class token instead, and selects by the attention of that: it needs weights of its own.')
-    state_dict = rename_authors(state_dict)
+            'The checkpoint is of a LeViT: it has attention_biases. Evo-LeViT has a class token and position '
+            'embeddings instead, and needs weights of its own.')
+    state_dict = rename_levit(state_dict)
     dropped: Tuple[str, ...] = () if model.head_cls is not None else ('head_cls.', 'head_cls_dist.')
     if model.tradeoff is None:
         dropped += ('tradeoff',)
     state_dict = {k: v for k, v in state_dict.items() if not k.startswith(dropped)}
-    source = getattr(model, 'pretrained_cfg', {}).get('input_size', (3, 224, 224))
+    source = getattr(model, 'pretrained_cfg', {}).get('input_size', (3, 224, 224))[1:]
     for i in range(len(model.stages)):
         key = f'stages.{i}.downsample.attn_downsample.pos_embed' if i > 0 else 'pos_embed'
-        if key in state_dict:
-            before = max(i - 1, 0)  # the embedding of a stage is on the grid before it, the first one's on its own
-            old_size = tuple(-(-size // model.feature_info[before]['reduction']) for size in source[1:])
-            state_dict[key] = _resample_pos_embed(state_dict[key], old_size, model.stages[before].grid_size)
+        before = max(i - 1, 0)  # the embedding of a stage is on the grid before it, the first one's on its own
+        grid, n = model.stages[before].grid_size, state_dict[key].shape[1] - 1 if key in state_dict else 0
+        old = tuple(-(-size // model.feature_info[before]['reduction']) for size in source)
+        if n != math.prod(old):  # of another size than that of the published weights, a square
+            old = grid if n == math.prod(grid) else (math.isqrt(n), math.isqrt(n))
+        if n and old != grid and n == math.prod(old):
+            state_dict[key] = resample_abs_pos_embed(state_dict[key], list(grid), list(old))
     return state_dict

@@ -10,25 +10,31 @@ from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from . import training
+from . import attention, evolving_vit, training  # FX finds wrapped functions as attributes of their module
+from .base import check, check_flag, check_ratios
+from .checkpoints import BY_SIMILARITY, rename_deit, warn_by_attention
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
-from .evo_vit import EvolvingVit
-from .hub import build_model, evo_cfg, published_cfg, resolve_weights
+from .evolving_vit import EvolvingVit
+from .hub import build_model, entry_point, evo_cfg, published_cfg, resolve_weights
 
-__all__ = ['EvoVisionTransformer']  # register_model will add each entrypoint fn to this
+__all__ = ['EvoVisionTransformer']  # entry_point will add each model to this
+
+BY_ATTENTION_ONLY = dict(representative_token=False, tradeoff=None, selection='stage', layer_to_stage_epochs=0)
 
 
-class EvoVisionTransformer(EvolvingVit, VisionTransformer):
+class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
     """Vision Transformer with slow-fast token evolution.
 
     Class attention tells informative patches from placeholders. Informative patches go through the blocks,
     placeholders wait or are updated by one representative token; at the end of every stage the patch grid is complete.
-    Attention masks are not taken: they could not follow the selected tokens.
+    Attention masks are not taken: they could not follow the selected tokens. With `slow_tokens='similarity'` like
+    patches share a slow token instead, as in `evolve`, with its masks.
     """
+    rename_authors = staticmethod(rename_deit)
 
     def __init__(
             self,
@@ -46,17 +52,15 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
         """
         Args:
             keep_ratio: Ratio of slow tokens to patches in (0, 1], one for all evolution stages or one per stage. By
-                similarity, one is the geometric mean of a series, to three decimals, that falls by the same factor from
-                block to block.
-            stages: First block of each evolution stage, ascending. Default for 12 blocks: (4, 8), by similarity
-                (1, 3, 6, 9).
+                similarity as in `evolve`.
+            stages: First block of each stage, ascending. Default for 12 blocks: (4, 8), by similarity (1, 3, 6, 9).
             slow_tokens: Find slow tokens by class 'attention' (paper) or by 'similarity', where like patches share one.
                 `representative_token`, `tradeoff`, `selection` and `layer_to_stage_epochs` are of the former only.
             tradeoff: Weight in [0, 1] of a block's class attention in the global class attention, one for all blocks
                 or one per block. Default: 1 before the first stage, 0.5 after.
             selection: When informative patches are selected anew, at each 'stage' or before each 'layer' of it.
             representative_token: Update placeholders by a representative token (paper), or leave them as they are
-                until the stage ends. False by default, as in the authors' DeiT code and weights; their LeViT has one.
+                until the stage ends, as the authors' DeiT code and weights do; their LeViT has one.
             assisted_cls: With 'avg' pooling, classify the class token as well while training, with a norm and head
                 of its own (paper section 'Assisted CLS token loss').
             layer_to_stage_epochs: Select layer-wise in so many epochs of training, then stage-wise (paper section
@@ -71,14 +75,61 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
             kwargs.setdefault('global_pool', 'avg')
         super().__init__(*args, weight_init='skip', **kwargs)
 
-        self._evolve_blocks(
-            keep_ratio, stages, slow_tokens, representative_token, tradeoff,
-            selection=selection, assisted_cls=assisted_cls, layer_to_stage_epochs=layer_to_stage_epochs)
+        check(slow_tokens in ('attention', 'similarity'), 'slow_tokens', "'attention' or 'similarity'", slow_tokens)
+        self.slow_tokens, self.by_similarity = slow_tokens, slow_tokens == 'similarity'
+        self.representative_token = check_flag('representative_token', representative_token)
+        given = (representative_token, tradeoff, selection, layer_to_stage_epochs)
+        for value, (name, default) in zip(given, BY_ATTENTION_ONLY.items()) if self.by_similarity else ():
+            check(value == default, name, "left out with slow_tokens='similarity'", value)
+        self._init_stages(keep_ratio, stages)
+        # a key of the weights by which they tell how they were trained
+        mark = torch.ones((), dtype=torch.int64, device=next(self.parameters()).device) if self.by_similarity else None
+        self.register_buffer(BY_SIMILARITY, mark)
+        if not self.by_similarity:
+            wanted = "True to find slow tokens by class attention; slow_tokens='similarity' needs none"
+            check(self.cls_token is not None, 'class_token', wanted, False)
+            depth = len(self.blocks)
+            if tradeoff is None:
+                first = min(self.stage_starts, default=depth)
+                tradeoff = (1.,) * first + (0.5,) * (depth - first)
+            self.tradeoff = check_ratios('tradeoff', tradeoff, depth, 'block', zero=True)
+            for i, block in enumerate(self.blocks):
+                attention.EvoBlock.convert(block, f'blocks.{i}')
+        self._init_training(selection, assisted_cls, layer_to_stage_epochs)
         self._reset_cls_head()
 
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
+
+    def _default_stages(self, depth: int) -> Sequence[int]:
+        """By attention, two equal stages follow a dense third."""
+        return super()._default_stages(depth) if self.by_similarity else sorted({depth // 3, 2 * depth // 3} - {0})
+
+    def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
+        if self.by_similarity:
+            return super()._stage_ratios(keep_ratio, num_stages)
+        return check_ratios('keep_ratio', keep_ratio, num_stages, 'evolution stage')
+
+    def _set_schedule(self) -> None:
+        if self.by_similarity:
+            super()._set_schedule()
+        else:
+            starts = dict(zip(self.stage_starts, self.keep_ratio))
+            self._build_schedules(self.tradeoff[:len(self.blocks)], starts)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        marked = state_dict.pop(prefix + BY_SIMILARITY, None) is not None
+        if marked and not self.by_similarity:
+            args[-1].append(  # error_msgs
+                "The weights are of an Evo-DeiT with slow_tokens='similarity': create the model with this argument "
+                '(--model-kwargs slow_tokens=similarity).')
+        if self.by_similarity:
+            if not marked:
+                warn_by_attention(state_dict, prefix)
+            mark = getattr(self, BY_SIMILARITY)
+            state_dict[prefix + BY_SIMILARITY] = torch.ones_like(mark, device='cpu') if mark.is_meta else mark
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _reset_cls_head(self) -> None:
         """Give the class token a norm and a classifier where it has something to assist."""
@@ -89,10 +140,8 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
                 self.embed_dim, self.num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)
             self.head_cls.train(self.training)
         else:
-            self.norm_cls = None
-            self.head_cls = None
+            self.norm_cls = self.head_cls = None
 
-    @torch.jit.unused
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
         matcher = super().group_matcher(coarse)
         matcher['blocks'][-1] = (r'^norm\.', (99999,))  # norm_cls belongs to the head, as fc_norm does
@@ -102,51 +151,58 @@ class EvoVisionTransformer(EvolvingVit, VisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         self._reset_cls_head()
 
-    def forward_head(
-            self,
-            x: torch.Tensor,
-            pre_logits: bool = False,
-    ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens (B, N, C) to logits (B, num_classes).
+    def _run_blocks(self, x: torch.Tensor, rope: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Any:
+        if self.by_similarity:
+            return super()._run_blocks(x, rope, num_blocks, **kwargs)
+        evolving_vit.check_no_mask(kwargs.get('attn_mask'), kwargs.get('is_causal', False))
+        state = attention.EvolutionState(
+            self.schedule, self.tradeoff, self.num_prefix_tokens, self.representative_token, self.grad_checkpointing,
+            kwargs.get('take_indices', ()))
+        x = attention.run_blocks(list(self.blocks)[:num_blocks], x, state)
+        kwargs.get('selections', []).extend(state.selections)
+        return x, state.intermediates
 
-        In training mode with an assisted class token, each sample is answered by one of two heads, see `mix_heads`.
-        """
+    def forward_head(
+            self, x: torch.Tensor, pre_logits: bool = False,
+    ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens (B, N, C) to logits (B, num_classes), while training with an assisted class token see `mix_heads`."""
         features = self.head_drop(self.fc_norm(self.pool(x)))
         if pre_logits:
             return features
         logits = self.head(features)
-        if self.head_cls is None or not self.is_assisted():
+        if not self.is_assisted():
             return logits
         logits_cls = self.head_cls(self.head_drop(self.norm_cls(x[:, 0])))
-        if self.assisted_training and not torch.jit.is_scripting():
-            return logits, logits_cls
-        return training.mix_heads(logits, logits_cls)
+        return (logits, logits_cls) if self.assisted_training else training.mix_heads(logits, logits_cls)
 
 
-model_cfgs = dict(
-    tiny=dict(embed_dim=192, depth=12, num_heads=3),
-    small=dict(embed_dim=384, depth=12, num_heads=6),
-    base=dict(embed_dim=768, depth=12, num_heads=12),
-)
+model_cfgs = {
+    size: dict(embed_dim=64 * heads, depth=12, num_heads=heads)
+    for size, heads in (('tiny', 3), ('small', 6), ('base', 12))}
 
 
 def _create_evo_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    cfg = resolve_weights(
-        variant, pretrained, kwargs, f'{variant}.fb_in1k, which is DeiT made faster without training')
-    deit = default_cfgs[variant].cfgs.get('fb_in1k')
+    cfg = resolve_weights(variant, pretrained, kwargs, f'{variant}.fb_in1k, which is DeiT made faster without training')
     if pretrained and (cfg.hf_hub_id or '').partition('@')[0] in _deit_weights and not (cfg.file or cfg.state_dict):
-        kwargs.setdefault('global_pool', 'token')  # what DeiT's norm and head were trained for
-    elif (deit is not None and cfg.tag == 'fb_in1k' and cfg.source is None and cfg.crop_pct == deit.crop_pct
-          and 'crop_pct' not in overlay):
-        # `fb_in1k` is only the default tag, no DeiT weights are loaded: the paper's crop
-        cfg = replace(cfg, crop_pct=_cfg()['crop_pct'])
+        # DeiT's norm and head were trained for the class token, and its weights know no selection by class attention
+        kwargs.setdefault('global_pool', 'token')
+        if all(kwargs.get(k, v) == v for k, v in BY_ATTENTION_ONLY.items()):
+            kwargs.setdefault('slow_tokens', 'similarity')
+        if kwargs.get('slow_tokens') == 'similarity':
+            kwargs.setdefault('keep_ratio', 0.6)
+    elif cfg.tag == 'fb_in1k' and cfg.source is None and 'crop_pct' not in overlay and cfg.crop_pct in (.9, 1.):
+        cfg = replace(cfg, crop_pct=.875)  # only the default tag, no DeiT weights are loaded: the paper's crop
     kwargs = {'out_indices': 3, **model_cfgs[variant.split('_')[2]], **kwargs}
     return build_model(EvoVisionTransformer, variant, pretrained, cfg, checkpoint_filter_fn, **kwargs)
 
 
-_cfg = partial(evo_cfg, first_conv='patch_embed.proj', classifier=('head', 'head_cls'))
+_DOC = """Evo-DeiT-{0} @ {1}x{1} (https://arxiv.org/abs/2108.01390).
 
+`pretrained=True` with DeiT's own weights (fb_in1k), which know nothing of selection by class attention, sets it up with
+class token readout and slow tokens by similarity at keep ratio 0.6, unless arguments say otherwise.
+"""
+_cfg = partial(evo_cfg, first_conv='patch_embed.proj', classifier=('head', 'head_cls'))
 
 _deit_cfg = partial(  # DeiT's own weights, with the transform that timm evaluates them with
     _cfg, crop_pct=.9, license='apache-2.0', paper_ids='arXiv:2012.12877',
@@ -171,50 +227,12 @@ _deit_weights = {cfg.cfgs['fb_in1k'].hf_hub_id for cfg in default_cfgs.values() 
 for _short in ('evo_deit_tiny', 'evo_deit_small', 'evo_deit_base'):
     default_cfgs[_short] = default_cfgs[f'{_short}_patch16_224']
 
-
-@register_model
-def evo_deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
-    """Evo-DeiT-Ti @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    return _create_evo_deit('evo_deit_tiny_patch16_224', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
-    """Evo-DeiT-S @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    return _create_evo_deit('evo_deit_small_patch16_224', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
-    """Evo-DeiT-B @ 224x224 from paper (https://arxiv.org/abs/2108.01390)."""
-    return _create_evo_deit('evo_deit_base_patch16_224', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_small_patch16_384(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
-    """Evo-DeiT-S @ 384x384, not in the paper."""
-    return _create_evo_deit('evo_deit_small_patch16_384', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
-    """Evo-DeiT-B @ 384x384 from paper (https://arxiv.org/abs/2108.01390)."""
-    return _create_evo_deit('evo_deit_base_patch16_384', pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_tiny(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
-    """Short name of evo_deit_tiny_patch16_224."""
-    return evo_deit_tiny_patch16_224(pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_small(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
-    """Short name of evo_deit_small_patch16_224."""
-    return evo_deit_small_patch16_224(pretrained, **kwargs)
-
-
-@register_model
-def evo_deit_base(pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
-    """Short name of evo_deit_base_patch16_224."""
-    return evo_deit_base_patch16_224(pretrained, **kwargs)
+evo_deit_tiny_patch16_224 = entry_point(_create_evo_deit, 'evo_deit_tiny_patch16_224', _DOC.format('Ti', 224))
+evo_deit_small_patch16_224 = entry_point(_create_evo_deit, 'evo_deit_small_patch16_224', _DOC.format('S', 224))
+evo_deit_base_patch16_224 = entry_point(_create_evo_deit, 'evo_deit_base_patch16_224', _DOC.format('B', 224))
+evo_deit_small_patch16_384 = entry_point(_create_evo_deit, 'evo_deit_small_patch16_384', _DOC.format('S', 384))
+evo_deit_base_patch16_384 = entry_point(_create_evo_deit, 'evo_deit_base_patch16_384', _DOC.format('B', 384))
+# short names
+evo_deit_tiny = entry_point(_create_evo_deit, 'evo_deit_tiny_patch16_224', _DOC.format('Ti', 224), 'evo_deit_tiny')
+evo_deit_small = entry_point(_create_evo_deit, 'evo_deit_small_patch16_224', _DOC.format('S', 224), 'evo_deit_small')
+evo_deit_base = entry_point(_create_evo_deit, 'evo_deit_base_patch16_224', _DOC.format('B', 224), 'evo_deit_base')

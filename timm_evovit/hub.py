@@ -1,14 +1,16 @@
-"""Where weights come from."""
+"""Where weights come from, and the arguments that are saved beside them."""
 import os
 from dataclasses import replace
-from typing import Any, Callable, Dict, Type
+from typing import Any, Callable, Dict, Optional, Type
 
+import timm.models
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from .base import EvolvingModel
-
+NOT_MODEL_ARGS = (
+    'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args',
+    'pretrained_strict', 'weight_init')
 HUB_VARIABLE = 'TIMM_EVOVIT_HUB'
 PUBLISHED = {  # the authors' checkpoints: ImageNet-1k top-1 in the paper, file on Google Drive
     'evo_deit_tiny_patch16_224': (72.0, '1AL4uHGHvCoFXkrtHRgf4XmurgRs5-qab'),
@@ -25,68 +27,80 @@ PUBLISHED = {  # the authors' checkpoints: ImageNet-1k top-1 in the paper, file 
 }
 
 
+class SavedArgs(nn.Module):
+    """A model that knows the arguments that it was built with.
+
+    A model adds `_current_args`, the arguments that timm's own methods may have changed since construction.
+    """
+
+    @property
+    def model_args(self) -> Dict[str, Any]:
+        """Arguments that make `timm.create_model` build this model as it is now, without device, dtype and drop rates.
+
+        timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them.
+        """
+        args = {**getattr(self, '_model_args', {}), **self._current_args()}
+        return {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS and not k.endswith('_rate')}
+
+    def _remember_args(self, **args: Any) -> None:
+        """Record arguments in the attribute in which newer versions of timm record and look for them."""
+        args = {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS}
+        self._model_args = {**getattr(self, '_model_args', {}), **args}
+
+    def push_to_hf_hub(self, repo_id: str, *, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> Any:
+        """Upload with timm's function of this name, `model_args` included; those given replace the model's own."""
+        return timm.models.push_to_hf_hub(self, repo_id, model_args={**self.model_args, **(model_args or {})}, **kwargs)
+
+
 def evo_cfg(**kwargs: Any) -> Dict[str, Any]:
     """Configuration with the defaults of the paper."""
     return {
-        'url': '',
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None,
-        'crop_pct': .875, 'interpolation': 'bicubic', 'fixed_input_size': True,
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'paper_ids': 'arXiv:2108.01390',
+        'url': '', 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': None, 'crop_pct': .875,
+        'interpolation': 'bicubic', 'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD, 'paper_ids': 'arXiv:2108.01390',
         'paper_name': 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer',
-        'origin_url': 'https://github.com/YifanXu74/Evo-ViT',
-        **kwargs
-    }
+        'origin_url': 'https://github.com/YifanXu74/Evo-ViT', **kwargs}
 
 
 def published_cfg(name: str) -> Dict[str, Any]:
-    """Configuration of the paper's weights, tag `evovit_in1k`.
-
-    There is no default organisation: anyone could register an unclaimed name.
-    """
-    top1, _ = PUBLISHED[name]
-    org = os.environ.get(HUB_VARIABLE, '').strip('/')
+    """Configuration of the paper's weights, tag `evovit_in1k`."""
+    org = os.environ.get(HUB_VARIABLE, '').strip('/')  # no default: anyone could register an unclaimed name
     return dict(
-        hf_hub_id=f'{org}/{name}.evovit_in1k' if org else None,
-        license='mit',
-        notes=(f'top-1 on ImageNet-1k as the paper reports it: {top1} %',),
-    )
+        hf_hub_id=f'{org}/{name}.evovit_in1k' if org else None, license='mit',
+        notes=(f'top-1 on ImageNet-1k as the paper reports it: {PUBLISHED[name][0]} %',))
 
 
 def resolve_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any], fallback_hint: str) -> PretrainedCfg:
-    """The configuration that a model is built with and its weights are loaded by.
-
-    `pretrained_cfg` and `pretrained_cfg_overlay` are taken out of `kwargs`.
-
-    Raises:
-        RuntimeError: No weights are configured. The message names those of `fallback_hint`.
-    """
-    cfg = resolve_pretrained_cfg(
-        variant, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None))
+    """The configuration of a model and its weights, of which what is given is taken out of `kwargs`."""
+    given = (kwargs.pop(k, None) for k in ('pretrained_cfg', 'pretrained_cfg_overlay'))
+    cfg = resolve_pretrained_cfg(variant, *given)
     if cfg.url and cfg.source is None:
         cfg = replace(cfg, hf_hub_id=None)  # a url given by the user, no tag has one; timm would prefer the Hub
     if pretrained and cfg.tag == 'evovit_in1k' and not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(
-            f"No weights are configured for {variant}.evovit_in1k. Either set {HUB_VARIABLE}, before timm is imported, "
-            f"to an organisation of the Hugging Face Hub that holds them; or convert the authors' file, `timm-evovit "
-            f"convert {variant} --output DIR`, and create the model as 'local-dir:DIR'. Weights on the Hub: "
-            f"{fallback_hint}.")
+            f"No weights are configured for {variant}.evovit_in1k. Set {HUB_VARIABLE} before timm is imported to an "
+            f"organisation of the Hub that holds them, or run `timm-evovit convert {variant} --output DIR` and create "
+            f"the model as 'local-dir:DIR'. Weights on the Hub: {fallback_hint}.")
     return cfg
 
 
+def entry_point(create: Callable[..., nn.Module], variant: str, doc: str = '', name: str = '') -> Any:
+    """Register the entry point `variant(pretrained=False, **kwargs)` of timm, or one of another name."""
+    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(variant, pretrained, **kwargs)
+
+    entry_point.__name__ = entry_point.__qualname__ = name or variant
+    entry_point.__module__, entry_point.__doc__ = create.__module__, doc
+    return register_model(entry_point)
+
+
 def build_model(
-        model_cls: Type[EvolvingModel],
-        variant: str,
-        pretrained: bool,
-        pretrained_cfg: PretrainedCfg,
-        filter_fn: Callable[..., Dict[str, Any]],
-        out_indices: Any,
-        **kwargs: Any,
-) -> nn.Module:
+        model_cls: Type[SavedArgs], variant: str, pretrained: bool, pretrained_cfg: PretrainedCfg,
+        filter_fn: Callable[..., Dict[str, Any]], out_indices: Any, **kwargs: Any) -> nn.Module:
     """timm's `build_model_with_cfg`, with feature extraction by `forward_intermediates` and the arguments recorded."""
     model = build_model_with_cfg(
         model_cls, variant, pretrained, pretrained_cfg=pretrained_cfg, pretrained_filter_fn=filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
-    if isinstance(model, EvolvingModel):
+    if isinstance(model, SavedArgs):
         model._remember_args(**kwargs)
     return model

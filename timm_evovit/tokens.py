@@ -1,0 +1,58 @@
+"""What both ways of finding slow tokens share: how many there are, tokens by index, and restoration.
+
+Shapes use B images, N tokens of which P are prefix tokens (class token first), n = N - P patches, C channels.
+"""
+from fractions import Fraction
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+
+
+class Selection(NamedTuple):
+    """One division of the patches among slow tokens."""
+    block: int  # the first block that runs on the slow tokens
+    group_idx: torch.Tensor  # (B, n) slow token of each patch
+    num_groups: int  # by class attention group num_groups is that of all placeholders
+    global_attn: Optional[torch.Tensor]  # (B, n) global class attention that selected them, None by similarity
+
+
+def as_fraction(ratio: float) -> Tuple[int, int]:
+    """Numerator and denominator of the decimal that a float was written as: 0.7 is 7 / 10.
+
+    With integers the number of kept patches is exact, and symbolic where the grid is.
+    """
+    limit = 10 ** 12  # of the denominator: products with a number of patches stay within 64 bits
+    return max(Fraction(str(ratio)).limit_denominator(limit), Fraction(1, limit)).as_integer_ratio()
+
+
+def larger(a: int, b: int) -> int:
+    """max(a, b), also of symbolic integers."""
+    return max(a, b) if torch.jit.is_scripting() or torch.jit.is_tracing() else torch.sym_max(a, b)
+
+
+def num_kept(num_patches: int, keep_ratio: Tuple[int, int]) -> int:
+    """Number of slow tokens: `num_patches * keep_ratio`, rounded down, at least one."""
+    return larger(1, num_patches * keep_ratio[0] // keep_ratio[1])
+
+
+def at_least_float32(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def flat_idx(token_idx: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Indices (B, M) into the tokens of each image to indices into the tokens (B * num_tokens) of all."""
+    return (token_idx + num_tokens * torch.arange(token_idx.shape[0], device=token_idx.device).unsqueeze(1)).flatten()
+
+
+def take_tokens(x: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, M, C) of x (B, N, C), by index (B, M): faster on a CPU than gather or x[i, j]."""
+    rows = x.flatten(0, 1).index_select(0, flat_idx(token_idx, x.shape[1]))
+    return rows.view(token_idx.shape[0], token_idx.shape[1], x.shape[2])
+
+
+def restore_tokens(x: torch.Tensor, update: torch.Tensor, slow_idx: torch.Tensor) -> torch.Tensor:
+    """Give each token what the blocks added to its slow token (paper section 'Slow-fast token updating').
+
+    These are the tokens x (B, N, C) before the stage, `update` (B, M, C), and `slow_idx` (B, N).
+    """
+    return x + take_tokens(update, slow_idx)
