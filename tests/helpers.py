@@ -74,7 +74,7 @@ def images(n=2, size=32, chans=3, seed=1):
 
 def images_for(model, n=3, seed=1):
     """Images (n, in_chans, H, W) of the size, channels and dtype that the model takes."""
-    size = model.patch_embed.img_size if hasattr(model, 'patch_embed') else model.img_size
+    size = model.patch_embed.img_size if hasattr(model, 'patch_embed') else getattr(model, 'img_size', (32, 32))
     return images(n, tuple(size), getattr(model, 'in_chans', 3), seed).to(next(model.parameters()).dtype)
 
 

@@ -1,4 +1,4 @@
-"""Evo-DeiT and Evo-LeViT written out plainly: one image at a time, one token at a time where that is clearer.
+"""Both methods written out plainly, for Evo-DeiT, Evo-LeViT and `evolve`: one image at a time, one token at a time where that is clearer.
 
 Weights are read from the model; everything else is done here, after the paper and the authors' choices.
 """
@@ -41,11 +41,8 @@ def block(w: Weights, i: int, x: torch.Tensor, heads: int) -> Tuple[torch.Tensor
     return x, sum(rows) / heads
 
 
-Block = Callable[[int, torch.Tensor, List[List[int]]], Tuple[torch.Tensor, torch.Tensor]]
-
-
 def evolve(
-        block: Block,
+        block: Callable[[int, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]],
         x: torch.Tensor,
         depth: int,
         num_prefix: int,
@@ -57,8 +54,7 @@ def evolve(
 ) -> Result:
     """Tokens (N, C) of one image through all blocks, with every attention row tracked whether or not it is read.
 
-    `block(i, tokens, members)` runs block i and returns class attention over all tokens as well. `members` has the
-    patches that each token behind the prefix stands for, none for the representative token.
+    `block(i, tokens)` runs block i and returns class attention over all tokens as well.
     """
     N = len(x)
     n = N - num_prefix
@@ -98,7 +94,7 @@ def evolve(
                     token = token_before = sum(g[j] / total * value for j, value in waiting.items())
                 x = torch.stack(list(x[:num_prefix]) + [x[num_prefix + j] for j in kept])
         sequence = x if token is None else torch.cat([x, token[None]])
-        sequence, row = block(i, sequence, [[j] for j in kept] + ([] if token is None else [[]]))
+        sequence, row = block(i, sequence)
         if token is not None:
             token = sequence[-1]
             sequence = sequence[:-1]
@@ -112,6 +108,9 @@ def evolve(
                 g[j] = (1 - tradeoff[i]) * g[j] + tradeoff[i] * row[position]
         after.append(complete(x, token, token_before))
     return Result(after[-1], kept_by_block, after)
+
+
+Block = Callable[[int, torch.Tensor, List[List[int]]], Tuple[torch.Tensor, torch.Tensor]]
 
 
 def match(tokens: List[torch.Tensor], count: int) -> List[List[int]]:
@@ -139,7 +138,10 @@ def evolve_by_similarity(
         stages: Sequence[int],
         keep_ratio: Sequence[float],
 ) -> Result:
-    """As `evolve`, with slow tokens that like patches share. `kept` has the number of each patch's group."""
+    """As `evolve`, with slow tokens that like patches share. `kept` has the number of each patch's group.
+
+    `block(i, tokens, members)` gets the patches that each token behind the prefix stands for as well.
+    """
     n = len(x) - num_prefix
     prefix, tokens, members = x[:num_prefix], list(x[num_prefix:]), [[j] for j in range(n)]
     levels: List[Tuple[List[torch.Tensor], List[List[int]], List[torch.Tensor]]] = []
@@ -202,8 +204,8 @@ def image_logits(model: torch.nn.Module, image: torch.Tensor, heads: int) -> Tup
             tokens.append((weight * patch).sum(dim=(1, 2, 3)) + bias)
     x = torch.stack(tokens) + w['pos_embed'][0]
     result = evolve(
-        lambda i, y, members: block(w, i, y, heads), x, len(model.blocks), num_prefix, model.stage_starts, model.keep_ratio,
-        model.blocks.tradeoff, model.selection == 'layer', model.blocks.representative_token)
+        lambda i, y: block(w, i, y, heads), x, len(model.blocks), num_prefix, model.stage_starts, model.keep_ratio,
+        model.tradeoff, model.selection == 'layer', model.representative_token)
     return (*logits(w, result.tokens, num_prefix), result)
 
 
@@ -213,7 +215,7 @@ class ReferenceLevit:
     def __init__(self, model):
         self.w = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.training = model.training
-        self.representative = model.stages[0].blocks.representative_token
+        self.representative = model.representative_token
         self.layer_wise = model.selection == 'layer'
         self.keep_ratio = model.keep_ratio
         self.stages = [(len(s.blocks), s.blocks[0].attn.num_heads) for s in model.stages]

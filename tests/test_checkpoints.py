@@ -6,6 +6,8 @@ import timm
 import torch
 from helpers import FAMILIES, TINY, assert_same_weights, authors_names, both_families, build, build_deit, images, tiny
 
+from timm_evovit.checkpoints import BY_SIMILARITY
+
 NAME = FAMILIES['deit']
 
 
@@ -47,6 +49,50 @@ def test_without_a_filter(family, tmp_path):
     del weights['cls_token']
     with pytest.raises(RuntimeError, match='Missing key.*cls_token'):
         other.load_state_dict(weights)
+
+
+WAYS = {  # to load a file into a model
+    'state dict': lambda model, path: model.load_state_dict(torch.load(path)['state_dict']),
+    '--initial-checkpoint': timm.models.load_checkpoint,
+    '--resume': lambda model, path: timm.models.resume_checkpoint(
+        model, path, torch.optim.SGD(model.parameters(), momentum=0.9)),
+    '--pretrained-path': lambda model, path: load(
+        dict(file=path), slow_tokens=model.slow_tokens, global_pool=model.global_pool),
+}
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_weights_tell_how_they_were_trained(way, tmp_path, caplog):
+    path = str(tmp_path / 'model.pth')
+
+    def save(model):
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+        torch.save(dict(state_dict=model.state_dict(), optimizer=optimizer.state_dict(), epoch=3), path)
+        return model.state_dict()
+
+    def loaded(**kwargs):
+        caplog.clear()
+        model = build_deit(seed=1, **kwargs)
+        model = WAYS[way](model, path) if way == '--pretrained-path' else (WAYS[way](model, path), model)[1]
+        return {k: v for k, v in model.state_dict().items() if k != BY_SIMILARITY}
+
+    weights = save(build_deit(slow_tokens='similarity'))
+    with pytest.raises(RuntimeError, match="slow_tokens='similarity'"):
+        loaded()
+    del weights[BY_SIMILARITY]
+    assert_same_weights(loaded(slow_tokens='similarity'), weights)
+    assert not caplog.records
+
+    weights = save(build_deit())  # or of a version without the mark
+    assert_same_weights(loaded(), weights)
+    assert not caplog.records
+    assert_same_weights(loaded(slow_tokens='similarity'), weights)
+    assert "less accurate than with slow_tokens='attention'" in caplog.text
+
+    weights = save(build('deit_tiny_patch16_224'))
+    for slow_tokens in ('attention', 'similarity'):
+        assert_same_weights(loaded(slow_tokens=slow_tokens, global_pool='token'), weights)
+        assert not caplog.records
 
 
 def test_sizes_are_adapted():
@@ -111,3 +157,21 @@ def test_a_checkpoint_of_another_model_is_refused():
         load(dict(state_dict=resnet))
     with pytest.raises(RuntimeError, match='blocks.6.norm1.weight'):
         load(dict(state_dict=build_deit(depth=6).state_dict()))
+
+
+def test_a_count_of_epochs_tells_of_class_attention_too(caplog):
+    model = build('evo_deit_tiny', assisted_cls=False, slow_tokens='similarity')
+    weights = build('evo_deit_tiny', assisted_cls=False, layer_to_stage_epochs=5).state_dict()
+    model.load_state_dict(weights)
+    assert 'trained by class attention' in caplog.text
+    caplog.clear()
+    build('evo_deit_tiny', assisted_cls=False).load_state_dict(weights)
+    assert not caplog.text
+
+
+def test_weights_by_similarity_are_assigned_to_a_model_on_meta():
+    weights = build('evo_deit_tiny', slow_tokens='similarity', pos_embed='none').state_dict()
+    with torch.device('meta'):
+        model = timm.create_model('evo_deit_tiny', **tiny('evo_deit_tiny', slow_tokens='similarity', pos_embed='none'))
+    model.load_state_dict(weights, assign=True)
+    assert_same_weights(model.to('cpu'), weights)

@@ -89,15 +89,25 @@ def unfused():
 @torch.no_grad()
 def test_attention_extract(method, unfused):
     """The map of the block before a selection holds the attention that the selection goes by."""
-    dense = build('vit_base_patch16_224', depth=6)
-    model = evolve(dense, 0.5, slow_tokens='attention')
+    dense, model = (build(name, depth=6, global_pool='token') for name in ('deit_tiny_patch16_224', 'evo_deit_tiny'))
+    model.load_state_dict(dense.state_dict())
     x = images_for(model)
     first, second = informative_tokens(model, x)
     maps, dense_maps = [list(AttentionExtract(m, method=method)(x).values()) for m in (model, dense)]
-    assert [tuple(m.shape) for m in maps] == [(3, 3, 17, 17)] * 2 + [(3, 3, 10, 10)] * 4
+    assert [tuple(m.shape) for m in maps] == [(3, 3, 17, 17)] * 2 + [(3, 3, 9, 9)] * 4
     torch.testing.assert_close(maps[:2], dense_maps[:2])
     torch.testing.assert_close(maps[1][:, :, 0, 1:].mean(dim=1), first.attention.flatten(1))
     assert first.block == 2 and second.block == 4
+
+
+@pytest.mark.parametrize('method', ['fx', 'hook'])
+@torch.no_grad()
+def test_attention_extract_of_an_evolved_model(method, unfused):
+    """Attention of slow tokens, with the sizes of groups in it."""
+    model = KINDS['evolved']()
+    maps = list(AttentionExtract(model, method=method)(images_for(model)).values())
+    assert len(maps) == 6 and maps[0].shape == (3, 3, 17, 17) and maps[-1].shape[2] < 17
+    torch.testing.assert_close([m.sum(dim=3) for m in maps], [torch.ones(m.shape[:3]) for m in maps])
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ import timm
 import torch
 from helpers import assert_same_weights, authors_names, build
 from hub_server import Server
-from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from timm_evovit.hub import PUBLISHED
@@ -83,7 +82,7 @@ def test_deit(deit, run, tmp_path):
     output = tmp_path / 'new' / 'folder'
     status, out = run('evo_deit_tiny', path, output=output)
     assert status == 0 and 'dropped' not in out
-    assert f'authors.pth: {len(model.state_dict()) + 24} tensors' in out and '24 joined' in out
+    assert f'authors.pth: {len(model.state_dict()) + 24} tensors' in out
     assert f'{output}: {len(load_file(output / "model.safetensors"))} tensors' in out
     assert sorted(p.name for p in output.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
     assert [p.name for p in output.parent.iterdir()] == ['folder']
@@ -106,10 +105,7 @@ def test_levit(levit, run, tmp_path):
     model, path = levit
     found = read_weights(path)
     status, out = run('evo_levit_128s', path, kwargs=TINY_LEVIT)
-    copies = [k for k in found if k.startswith('stage_blocks.')]
-    assert status == 0 and f'{len(found)} tensors' in out and f'{len(copies)} dropped, copies' in out
-    assert f'{len(model.tradeoff) - 1} joined' in out
-    assert len(found) - len(copies) - len(model.tradeoff) + 1 == len(model.state_dict())
+    assert status == 0 and f'{len(found)} tensors' in out and 'dropped' not in out
     assert_same_weights(model, load(tmp_path / 'out'))
 
 
@@ -122,11 +118,11 @@ def test_moving_average(deit, run, tmp_path):
 
 def test_arguments_of_the_model(deit, levit, run, tmp_path):
     status, out = run('evo_deit_tiny', deit[1], kwargs=dict(TINY, assisted_cls=False, keep_ratio=0.7))
-    assert status == 0 and '4 dropped, assisted_cls=False' in out and 'head_cls.weight' in out
+    assert status == 0 and 'dropped, as the model has none: norm_cls.weight, norm_cls.bias, head_cls.weight' in out
     loaded = load(tmp_path / 'out')
     assert loaded.head_cls is None and set(loaded.keep_ratio) == {0.7}
     status, out = run('evo_levit_128s', levit[1], kwargs=dict(TINY_LEVIT, tradeoff=0.5), output='fixed')
-    assert status == 0 and '1 dropped, the tradeoff is a fixed number: tradeoff' in out
+    assert status == 0 and 'dropped, as the model has none: tradeoff' in out
 
 
 def test_the_published_sizes(run, tmp_path, monkeypatch):
@@ -169,18 +165,16 @@ class Runs:
 
 
 @pytest.mark.parametrize('write, message', [
-    (lambda f, ck: torch.save({**ck, 'x': Runs()}, f), r'refused.* GLOBAL (posix|nt)\.mkdir .*blocked\. Only tensors'),
-    (lambda f, ck: torch.save({**ck, 'x': Runs()}, f, _use_new_zipfile_serialization=False), r'refused.*\.mkdir'),
-    (lambda f, ck: pickle.dump(Runs(), f, protocol=2), r'is refused.*GLOBAL (posix|nt)\.mkdir'),
-    (lambda f, ck: pickle.dump(Runs(), f, protocol=4), 'is not a checkpoint'),
-    (lambda f, ck: torch.save({**ck, 'x': PurePosixPath('a')}, f), r'GLOBAL pathlib\S*PurePosixPath was not'),
+    (lambda f, ck: torch.save({**ck, 'x': Runs()}, f), r'GLOBAL (posix|nt)\.mkdir\. No code in it was run'),
+    (lambda f, ck: torch.save({**ck, 'x': Runs()}, f, _use_new_zipfile_serialization=False), r'GLOBAL (posix|nt)\.mkdir'),
+    (lambda f, ck: pickle.dump(Runs(), f, protocol=2), r'GLOBAL (posix|nt)\.mkdir'),
+    (lambda f, ck: pickle.dump(Runs(), f, protocol=4), 'is damaged or incomplete, or holds more than'),
+    (lambda f, ck: torch.save({**ck, 'x': PurePosixPath('a')}, f), r'GLOBAL pathlib\S*PurePosixPath'),
     (lambda f, ck: torch.save(list(ck.values()), f), 'no dict of tensors under model or state_dict, it holds a list'),
     (lambda f, ck: torch.save({'optimizer': {}, 'epoch': 3}, f), 'no dict of tensors under .* holds optimizer, epoch'),
     (lambda f, ck: torch.save({'model': {'a': 3}}, f), 'no dict of tensors under .* holds model'),
-    (lambda f, ck: torch.save({0: torch.zeros(3)}, f), 'no dict of tensors under .* holds 0'),
-    (lambda f, ck: None, 'not a checkpoint, or damaged or incomplete: EOFError'),
-    (lambda f, ck: f.write(b'no checkpoint at all'), 'not a checkpoint, or damaged or incomplete'),
-    (lambda f, ck: f.write(b'\n <!DOCTYPE html><html><head></head>'), 'is a web page.*too often'),
+    (lambda f, ck: None, 'is damaged or incomplete.*EOFError'),
+    (lambda f, ck: f.write(b'no checkpoint at all'), 'is damaged or incomplete'),
 ])
 def test_what_is_no_checkpoint(deit, run, tmp_path, monkeypatch, write, message):
     monkeypatch.chdir(tmp_path)
@@ -200,7 +194,7 @@ def test_half_a_checkpoint(deit, tmp_path, part):
         assert len(read_weights(path)) == len(checkpoint['model'])
         content = path.read_bytes()
         path.write_bytes(content[:int(part * len(content))])
-        with pytest.raises(ValueError, match=f'{path.name} is not a checkpoint, or damaged or incomplete'):
+        with pytest.raises(ValueError, match=f'{path.name} is damaged or incomplete'):
             read_weights(path)
 
 
@@ -213,7 +207,7 @@ def test_half_a_checkpoint(deit, tmp_path, part):
     ('evo_deit_tiny', dict(TINY, global_pool='token'), r'Missing key.*norm\.weight'),
     ('evo_deit_small', {}, r'size mismatch for cls_token'),
     ('evo_levit_128s', TINY_LEVIT, 'state_dict for EvoLevit'),
-    ('deit_tiny_patch16_224', {}, 'deit_tiny_patch16_224 cannot be converted, only evo_deit_base'),
+    ('deit_tiny_patch16_224', {}, "must be an Evo-DeiT or Evo-LeViT, got 'deit_tiny"),
     ('evo_deit_tiny', dict(TINY, keep_ratio=3), 'keep_ratio'),
     ('evo_deit_tiny', dict(not_an_argument=3), 'not_an_argument'),
 ])
@@ -235,13 +229,6 @@ def test_other_weights(deit, run, tmp_path, change, message):
     assert status == 1 and re.search(message, out, re.DOTALL), out
 
 
-def test_a_header_that_starts_like_a_web_page(tmp_path):
-    """safetensors files begin with the length of their header: 15392 is a space and '<'."""
-    save_file({'a': torch.zeros(3)}, tmp_path / 'a.safetensors', metadata={'x': 'y' * 15306})
-    assert (tmp_path / 'a.safetensors').read_bytes().startswith(b' <')
-    assert list(read_weights(tmp_path / 'a.safetensors')) == ['a']
-
-
 def test_other_mistakes(deit, run, tmp_path):
     for missing in ('nothing.pth', '.'):
         assert run('evo_deit_tiny', tmp_path / missing)[0] == 1
@@ -259,7 +246,7 @@ def test_no_space_left(deit, run):
         status, out = run('evo_deit_tiny', deit[1])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 1 and 'could not be written' in out and 'File too large' in out
+    assert status == 1 and 'File too large' in out
 
 
 def test_an_interrupted_write_leaves_nothing(deit, run, monkeypatch):
@@ -271,19 +258,6 @@ def test_an_interrupted_write_leaves_nothing(deit, run, monkeypatch):
     monkeypatch.setattr('timm_evovit.tools.convert.save_for_hf', write_half)
     status, out = run('evo_deit_tiny', deit[1])
     assert status == 130 and 'interrupted' in out
-
-
-def test_an_upload_that_fails_leaves_what_can_be_uploaded(deit, tmp_path, capsys, monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise ConnectionError('no route to the Hub')
-
-    monkeypatch.setattr(HfApi, 'create_repo', unreachable)
-    assert main([
-        'convert', 'evo_deit_tiny', str(deit[1]), '--output', str(tmp_path / 'out'), '--push-to-hub', 'a/b',
-        *as_options(TINY)]) == 1
-    out = capsys.readouterr().err
-    assert 'a/b was not uploaded: no route to the Hub' in out and f'hf upload a/b {tmp_path / "out"} .' in out
-    assert_same_weights(deit[0], load(tmp_path / 'out'))
 
 
 def test_the_command_is_installed():
@@ -324,7 +298,7 @@ def test_download(deit, drive, run, tmp_path):
     drive.drive[PUBLISHED['evo_deit_tiny_patch16_224'][1]] = content
     drive.cut_after = len(content) // 2
     status, out = run('evo_deit_tiny')
-    assert status == 1 and 'Run the command again to resume' in out and 'drive.google.com/file/d/1AL4' in out
+    assert status == 1 and 'Run the command again' in out and 'drive.google.com/file/d/1AL4' in out
     drive.requests.clear()
     status, out = run('evo_deit_tiny')
     assert status == 0 and '100%' in out, 'no progress bar'
@@ -339,17 +313,17 @@ def test_download_fails(deit, drive, run):
     file_id = PUBLISHED['evo_deit_tiny_patch16_224'][1]
     drive.drive[file_id] = b'<html><p class="uc-error-subcaption">Too many users have viewed this file.</p></html>'
     status, out = run('evo_deit_tiny')
-    assert status == 1 and 'Too many users' in out and 'in a browser' in out
+    assert status == 1 and 'Too many users' in out and 'from a browser' in out
     drive.drive[file_id] = deit[1].read_bytes()[:1000]
     status, out = run('evo_deit_tiny')
-    assert status == 1 and 'damaged or incomplete' in out and 'remove it' in out
+    assert status == 1 and 'damaged or incomplete' in out
 
 
 def test_download_by_an_old_gdown_fails(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'gdown', types.SimpleNamespace(download=lambda **kwargs: None))
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
     status, out = run('evo_deit_tiny')
-    assert status == 1 and 'gdown returned no file' in out and 'in a browser' in out
+    assert status == 1 and 'was not downloaded' in out and 'from a browser' in out
 
 
 def test_without_a_published_file_or_gdown(run, tmp_path, monkeypatch):
@@ -358,7 +332,7 @@ def test_without_a_published_file_or_gdown(run, tmp_path, monkeypatch):
     status, out = run('evo_deit_base_patch16_384', kwargs={})
     assert status == 1 and 'pip install gdown' in out and PUBLISHED['evo_deit_base_patch16_384'][1] in out
     status, out = run('evo_levit_128_384', kwargs={})
-    assert status == 1 and 'No checkpoint of evo_levit_128_384 was published' in out
+    assert status == 1 and "got 'evo_levit_128_384'" in out
 
 
 def test_transformers_load_it(deit, levit, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Compiled with any batch size, and exported to ONNX: the same outputs from the same informative tokens."""
+"""Compiled with any batch size, as TorchScript and FX graphs, and exported to ONNX: the same outputs from the same tokens."""
 import functools
 
 import onnxruntime
@@ -8,8 +8,9 @@ import torch
 from helpers import TINY, TINY_LEVIT, images_for, randomize
 from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounter
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from timm_evovit import evolve
+from timm_evovit import evolve, informative_tokens
 
 SMALL = dict(TINY, depth=3)
 LEVIT = dict(TINY_LEVIT, img_size=96, key_dim=8, depth=(3, 1, 1))
@@ -19,12 +20,8 @@ MODELS = {
         'evo_deit_tiny', selection='layer', representative_token=True, **SMALL),
     'levit': lambda: timm.create_model('evo_levit_128s', **LEVIT),
     'evolved': lambda: evolve(timm.create_model('vit_small_patch14_reg4_dinov2', init_values=0.5, **SMALL), 0.4),
-    'evolved by attention': lambda: evolve(
-        timm.create_model('vit_small_patch14_reg4_dinov2', init_values=0.5, **SMALL), slow_tokens='attention'),
     'no class token': lambda: evolve(timm.create_model('vit_base_patch16_siglip_224', **SMALL)),
     'dinov3': lambda: evolve(timm.create_model('vit_small_patch16_dinov3', **SMALL)),
-    'dinov3 by attention': lambda: evolve(
-        timm.create_model('vit_small_patch16_dinov3', **SMALL), slow_tokens='attention'),
     'mixed rope': lambda: evolve(timm.create_model('vit_base_patch16_rope_mixed_224', **SMALL)),
 }
 
@@ -43,9 +40,8 @@ class WithGroups(torch.nn.Module):
 
     def forward(self, images):
         selections = [s for s, _ in self.model.forward_selections(images)]
-        if self.model.slow_tokens == 'similarity':
-            return self.model(images), *[s.group_idx for s in selections]
-        return self.model(images), *[s.group_idx < s.num_groups for s in selections]
+        return self.model(images), *[
+            s.group_idx if s.global_attn is None else s.group_idx < s.num_groups for s in selections]
 
 
 @pytest.mark.slow
@@ -65,6 +61,23 @@ def test_one_graph_for_every_batch_size(name, training):
                 found.append(m(x))
             torch.testing.assert_close(*found)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize('name', MODELS)
+@torch.no_grad()
+def test_script_and_fx(name):
+    """TorchScript has the graph of evaluation mode, also of a model that trains, which stays in its own mode."""
+    model = create(name)
+    x = images_for(model, 5)
+    expected = model(x)
+    node = get_graph_node_names(model)[1][-1]
+    torch.testing.assert_close(create_feature_extractor(model, [node])(x)[node], expected)
+    scripted = torch.jit.script(model.train())
+    assert all(m.training for m in model.modules())
+    scripted.eval()
+    torch.testing.assert_close(scripted(x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match='model must evolve'):
+        informative_tokens(scripted, x)
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ from helpers import assert_same_weights, authors_names, build_deit, build_levit,
 from hub_server import Server
 from safetensors.torch import save
 
-from timm_evovit import informative_tokens
+from timm_evovit import evolve, informative_tokens
+from timm_evovit.checkpoints import BY_SIMILARITY
 from timm_evovit.hub import PUBLISHED
-from timm_evovit.tools.cli import main
 
 # without a number of classes: 1000, as the weights of the Hub have
 TINY, TINY_LEVIT = ({k: v for k, v in sizes.items() if k != 'num_classes'} for sizes in (
@@ -91,27 +91,42 @@ def hub(clients, tmp_path):
 
 # DeiT's weights
 
+def without_mark(model):
+    """Weights, without the key that says that the model groups like patches."""
+    return {k: v for k, v in model.state_dict().items() if k != BY_SIMILARITY}
+
+
 @torch.no_grad()
-def client_deit_evolves():
+def client_deit_evolves(folder):
     dense, x = create('deit_tiny_patch16_224'), images(3)
     for name in ('evo_deit_tiny', 'evo_deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224.fb_in1k'):
         model = create(name)
-        assert model.global_pool == 'token' and model.head_cls is None
-        assert_same_weights(model, dense)
-        assert [t.mask.sum(dim=(1, 2)).tolist() for t in informative_tokens(model, x)] == [[8] * 3] * 2
-        assert not torch.allclose(model(x), dense(x), atol=1e-3)
+        assert model.global_pool == 'token' and model.head_cls is None and model.slow_tokens == 'similarity'
+        assert_same_weights(without_mark(model), dense)
+        expected = evolve(dense)(x)
+        assert torch.equal(model(x), expected) and not torch.allclose(expected, dense(x), atol=1e-3)
         assert model.pretrained_cfg['crop_pct'] == dense.pretrained_cfg['crop_pct'] == 0.9
+        timm.models.save_for_hf(model, folder, model_args=model.model_args)
+        saved = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        assert_same_weights(saved, model)
+        assert saved.keep_ratio == model.keep_ratio and torch.equal(saved(x), expected)
         model.set_keep_ratio(1)
         torch.testing.assert_close(model(x), dense(x))
+    for kwargs in (dict(slow_tokens='attention'), dict(representative_token=True), dict(tradeoff=0.5),
+                   dict(selection='layer'), dict(layer_to_stage_epochs=2)):
+        model = create('evo_deit_tiny', **kwargs)
+        assert model.slow_tokens == 'attention' and model.keep_ratio == (0.5, 0.5) and model.global_pool == 'token'
+        assert informative_tokens(model, x)[0].attention is not None
+    assert create('evo_deit_tiny', keep_ratio=0.7, slow_tokens='similarity').keep_ratio == evolve(dense, 0.7).keep_ratio
     pinned = create('evo_deit_tiny', pretrained_cfg_overlay=dict(hf_hub_id='timm/deit_tiny_patch16_224.fb_in1k@main'))
     assert pinned.global_pool == 'token'
-    assert_same_weights(pinned, dense)
+    assert_same_weights(without_mark(pinned), dense)
 
 
 def test_deits_weights(hub):
-    """The default tag without a variable: DeiT, as timm loads it, with tokens selected in every image."""
+    """The default tag without a variable: DeiT, as timm loads it and `evolve` makes it faster, unless arguments differ."""
     hub.hold_deit()
-    hub.run(client_deit_evolves)
+    hub.run(client_deit_evolves, str(hub.folder))
     assert any(r.startswith('GET /cdn/') for r in hub.server.requests), 'the redirect was not followed'
 
 
@@ -201,7 +216,7 @@ def test_without_weights_the_readout_is_the_papers(name):
 def client_moved_repository():
     moved = create('evo_deit_base_patch16_384')
     assert moved.global_pool == 'token' and moved.pretrained_cfg['crop_pct'] == 1
-    assert_same_weights(moved, create('deit_base_patch16_384'))
+    assert_same_weights(without_mark(moved), create('deit_base_patch16_384'))
 
 
 def test_a_repository_that_was_renamed(hub):
@@ -344,9 +359,9 @@ def push_and_reload(model, push, x):
 
 def client_push_deit(push):
     model = create('evo_deit_tiny')
-    model.set_keep_ratio((0.7, 0.25))
+    model.set_keep_ratio((0.9, 0.7, 0.5, 0.3))
     again = push_and_reload(model, push, images())
-    assert again.keep_ratio == (0.7, 0.25) and again.global_pool == 'token'
+    assert again.keep_ratio == (0.9, 0.7, 0.5, 0.3) and again.global_pool == 'token'
     warm = timm.create_model('hf-hub:somebody/model', pretrained=True, global_pool='avg')
     assert torch.equal(warm.head_cls.weight, model.head.weight) and torch.equal(warm.fc_norm.bias, model.norm.bias)
 
@@ -358,8 +373,8 @@ def client_push_arguments(push):
         drop_path_rate=0.1)
     torch.nn.init.normal_(model.head.weight)
     again = push_and_reload(model, push, images(2, (32, 48)))
-    assert again.stage_starts == (1, 4) and again.selection == 'layer' and again.blocks.representative_token
-    assert again.blocks.tradeoff == [0.25] * 6 and again.head_cls is None
+    assert again.stage_starts == (1, 4) and again.selection == 'layer' and again.representative_token
+    assert again.tradeoff == (0.25,) * 6 and again.head_cls is None
     assert again.patch_embed.img_size == (32, 48)
     larger = timm.create_model('hf-hub:somebody/model', pretrained=True, img_size=(48, 32))
     assert larger.pos_embed.shape == model.pos_embed.shape
@@ -404,20 +419,3 @@ def test_push_and_reload(hub, client, push):
     config = json.loads(repo['config.json'])
     if client is client_push_levit:
         assert config['architecture'] == 'evo_levit_128s' and config['model_args']['keep_ratio'] == [0.4] * 3
-
-
-def client_convert(folder):
-    assert main(['convert', 'evo_deit_tiny', f'{folder}/authors.pth', '--output', f'{folder}/out', '--push-to-hub',
-                 'somebody/evo', '--model-kwargs', *[f'{k}={v}' for k, v in TINY.items()]]) == 0
-    names = (f'local-dir:{folder}/out', 'hf-hub:somebody/evo')
-    assert_same_weights(*[timm.create_model(name, pretrained=True) for name in names])
-
-
-def test_convert_and_upload(hub):
-    """The command, from the authors' file to `hf-hub:`."""
-    torch.save({'model': authors_names(build_deit(num_classes=1000))}, hub.folder / 'authors.pth')
-    hub.run(client_convert, str(hub.folder))
-    repo = hub.server.repos['somebody/evo']
-    assert repo['config.json'] == (hub.folder / 'out' / 'config.json').read_bytes()
-    assert repo['model.safetensors'] == (hub.folder / 'out' / 'model.safetensors').read_bytes()
-    assert b'authors.pth' in repo['README.md'] and set(repo) == {'config.json', 'model.safetensors', 'README.md'}

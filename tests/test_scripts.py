@@ -25,6 +25,12 @@ SMALL_LEVIT = ['img_size=64', 'embed_dim=(16,24,32)', 'key_dim=8', 'num_heads=(2
 SMALL_VIT = [*SMALL, 'base="vit_tiny_patch16_224"', 'stages=(1,3)']
 every_model = pytest.mark.parametrize(
     'name, kwargs', [('evo_deit_tiny', SMALL), ('evo_levit_128s', SMALL_LEVIT), ('evo_vit', SMALL_VIT)])
+
+
+def as_python(kwargs):
+    return {key: ast.literal_eval(value) for key, value in (kwarg.split('=') for kwarg in kwargs)}
+
+
 LEARN = [  # what makes such a model learn something in four epochs
     '--opt', 'adamw', '--lr', 1e-3, '-b', 16, '--scale', 0.8, 1, '--hflip', 0, '--warmup-epochs', 0]
 
@@ -72,12 +78,11 @@ def test_train_validate_resume(digits, tmp_path, extra):
 
 @needs_timm_repo
 @pytest.mark.slow
-@pytest.mark.parametrize('extra', [(), ('slow_tokens=attention', 'layer_to_stage_epochs=1')])
-def test_fine_tune_an_evolved_model(digits, tmp_path, extra):
+def test_fine_tune_an_evolved_model(digits, tmp_path):
     """From a checkpoint of the dense base; moving averages; resumed; validated."""
     common = ['--data-dir', digits, '--num-classes', 10, '--img-size', 32, '--device', 'cpu', '--workers', 1]
     dense = ['--model', 'vit_tiny_patch16_224', *common, '--model-kwargs', *SMALL]
-    evolved = ['--model', 'evo_vit', *common, '--model-kwargs', *SMALL, 'base=vit_tiny_patch16_224', 'stages=(2,4)', *extra]
+    evolved = ['--model', 'evo_vit', *common, '--model-kwargs', *SMALL, 'base=vit_tiny_patch16_224', 'stages=(2,4)']
     learn = [*LEARN, '--output', tmp_path, '--experiment']
     run(TIMM_REPO / 'train.py', *dense, *learn, 'dense', '--epochs', 3, cwd=tmp_path)
     tune = [*evolved, '--model-ema', '--model-ema-decay', 0.9]
@@ -93,6 +98,30 @@ def test_fine_tune_an_evolved_model(digits, tmp_path, extra):
     log = run(TIMM_REPO / 'validate.py', *evolved, '--checkpoint', checkpoint, '--use-ema', cwd=tmp_path)
     with open(tmp_path / 'tuned' / 'summary.csv') as f:
         assert read_top1(log) == pytest.approx([float(row['eval_top1']) for row in csv.DictReader(f)][-1], abs=0.01)
+
+
+@needs_timm_repo
+@pytest.mark.slow
+def test_train_the_papers_way_from_a_vit(few_digits, tmp_path):
+    """From the weights of any Vision Transformer of the same size, also by `pretrained_cfg_overlay`."""
+    vit = timm.create_model('vit_small_patch16_224', num_classes=5, **as_python(SMALL))
+    torch.save(vit.state_dict(), tmp_path / 'vit.pth')
+    run(TIMM_REPO / 'train.py', '--model', 'evo_deit_small_patch16_224', '--pretrained', '--pretrained-path',
+        tmp_path / 'vit.pth', '--model-kwargs', *SMALL, '--num-classes', 10, '--img-size', 32, '--data-dir', few_digits,
+        '--device', 'cpu', '--workers', 1, *LEARN, '--lr', 1e-9, '--epochs', 1, '--output', tmp_path, '--experiment',
+        'run', cwd=tmp_path)
+    model = timm.create_model(
+        'evo_deit_small_patch16_224', pretrained=True, num_classes=10,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'vit.pth'), num_classes=5), **as_python(SMALL))
+    assert model.slow_tokens == 'attention' and model.global_pool == 'avg' and model.keep_ratio == (0.5, 0.5)
+    trained = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)['state_dict']
+    assert set(trained) == set(model.state_dict())
+    for weights in (trained, model.state_dict()):
+        assert len(weights['head.weight']) == len(weights['head_cls.weight']) == 10
+        for key, value in vit.state_dict().items():
+            if not key.startswith('head'):
+                for name in (f'fc_{key}', key.replace('norm', 'norm_cls')) if key.startswith('norm.') else (key,):
+                    torch.testing.assert_close(weights[name], value, msg=name)
 
 
 @needs_timm_repo
@@ -193,8 +222,7 @@ def test_train_img_sizes(few_digits, tmp_path):
 @every_model
 def test_inference(few_digits, tmp_path, name, kwargs):
     pytest.importorskip('pandas', reason="timm's inference.py needs pandas")
-    model_args = {key: ast.literal_eval(value) for key, value in (kwarg.split('=') for kwarg in kwargs)}
-    torch.save(timm.create_model(name, num_classes=10, **model_args).state_dict(), tmp_path / 'model.pth')
+    torch.save(timm.create_model(name, num_classes=10, **as_python(kwargs)).state_dict(), tmp_path / 'model.pth')
     run(TIMM_REPO / 'inference.py', '--data-dir', few_digits / 'validation', '--model', name, '--model-kwargs', *kwargs,
         '--num-classes', 10, '--img-size', kwargs[0].partition('=')[2], '--device', 'cpu', '--workers', 1, '-b', 8,
         '--topk', 1, '--checkpoint', tmp_path / 'model.pth', '--results-dir', tmp_path, '--results-file',

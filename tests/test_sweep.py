@@ -19,7 +19,7 @@ from timm.utils import accuracy
 from torch.nn import functional as F
 
 from timm_evovit import evolve
-from timm_evovit.tools import sweep, sweep_report
+from timm_evovit.tools import sweep
 from timm_evovit.tools.cli import main
 
 datasets = pytest.importorskip('sklearn.datasets', reason="the examples need pip install -e '.[examples]'")
@@ -87,10 +87,9 @@ def logits(model, root, **kwargs):
 
 
 def at_ratios(name):
-    """The dense model first."""
+    """Keep ratio 1, which is the dense model, first."""
     model = classifier(name)
     if not name.startswith('evo'):
-        yield None, model
         model = evolve(model)
     for ratio in RATIOS:
         model.set_keep_ratio(ratio)
@@ -126,8 +125,8 @@ def test_multiply_adds_by_hand(command, digits):
         return tokens * dim * dim * (3 + 1 + 2 * 2) + 2 * tokens * tokens * dim
 
     ends = patches * dim * 3 * 8 * 8 + dim * 10
-    assert [row['multiply_adds'] for row in result['rows'][:2]] == [ends + 6 * block(1 + patches)] * 2
-    for row in result['rows'][2:]:
+    assert result['rows'][0]['multiply_adds'] == ends + 6 * block(1 + patches)
+    for row in result['rows'][1:]:
         first, second = (round(row['keep_ratio'] ** (i / 3), 3) for i in (2, 4))  # of the stages from blocks 1 and 3
         matching, left, last = 0, patches, 1.
         counts = []
@@ -145,8 +144,7 @@ def test_multiply_adds_by_hand(command, digits):
     ('evo_deit_small', 1, 4.599), ('evo_deit_small', 0.5, 3.034), ('evo_levit_128s', 0.5, 0.256)])
 def test_multiply_adds_of_the_published_models(name, ratio, expected):
     setting = sweep.Setting(timm.create_model(name).eval(), ratio)
-    with torch.inference_mode():
-        setting.count(torch.zeros(1, 3, 224, 224))
+    sweep.time_in_turns([setting], torch.zeros(1, 3, 224, 224), rounds=0)
     assert round(setting.multiply_adds / 1e9, 3) == expected
 
 
@@ -184,17 +182,17 @@ def test_settings_take_turns():
     model = Model()
     settings = [sweep.Setting(model, ratio) for ratio in (1., 0.5)]
     sweep.time_in_turns(settings, torch.zeros(4, 2), rounds=3)
-    assert calls == [0.5] * 3 + [1.] * 3 + [1., 0.5, 0.5, 1., 1., 0.5]  # the first three of each: counted, warmed up, estimated
+    assert calls == [1.] * 3 + [0.5] * 3 + [1., 0.5, 0.5, 1., 1., 0.5]  # the first three of each: counted, warmed up, estimated
     assert [len(s.seconds) for s in settings] == [3, 3]
 
 
 def test_speed_is_the_median_of_rounds():
-    settings = [sweep.Setting(torch.nn.Identity(), ratio) for ratio in (None, 1., 0.5)]
-    for setting, seconds in zip(settings, ([2., 2., 4.], [4., 2., 2.], [1., 2., 1.])):
+    settings = [sweep.Setting(torch.nn.Identity(), ratio) for ratio in (1., 0.5)]
+    for setting, seconds in zip(settings, ([4., 2., 2.], [1., 2., 1.])):
         setting.seconds = seconds
-    rows = sweep.summarize(settings, 6, 8, labels=True)
-    assert [row['images_per_second'] for row in rows] == [4, 4, 8]
-    assert [row['speed_up'] for row in rows] == [1, 1, 2] and rows[2]['speed_up_over_keep_ratio_1'] == 2
+    rows = sweep.summarize(settings, 8, torch.zeros(2, 6, 5), torch.zeros(6))
+    assert [row['images_per_second'] for row in rows] == [4, 8]
+    assert [row['speed_up'] for row in rows] == [1, 2]
 
 
 def test_mixed_precision(command, digits):
@@ -211,9 +209,9 @@ def test_mixed_precision(command, digits):
 
 def test_a_part_is_a_sample_and_always_the_same(digits):
     dataset = create_dataset('', root=digits, split='validation')
-    order = sweep.Pictures(dataset).order
+    order = sweep.Pictures(dataset, None).order
     assert sorted(order) == list(range(60)) and order != sorted(order)
-    assert sweep.Pictures(dataset, limit=20).order == order[:20]
+    assert sweep.Pictures(dataset, None, limit=20).order == order[:20]
     assert len({dataset.reader[i][1] for i in order[:20]}) > 5
 
 
@@ -283,10 +281,10 @@ def row(keep_ratio, speed_up, lost):
 
 
 def test_choice():
-    rows = [row(None, 1., 0.), row(1., 1.1, 0.), row(0.9, 1.05, 0.1), row(0.7, 1.3, 0.5), row(0.5, 1.5, 0.6)]
+    rows = [row(1., 1., 0.), row(0.9, 1.05, 0.1), row(0.7, 1.3, 0.5), row(0.5, 1.5, 0.6)]
     assert sweep.choose(rows, 0.5)['keep_ratio'] == 0.7 and sweep.choose(rows, 1)['keep_ratio'] == 0.5
     assert sweep.choose(rows, 0.1)['keep_ratio'] == 0.9
-    assert sweep.choose(rows, 0) is rows[0]  # and not keep ratio 1
+    assert sweep.choose(rows, 0) is rows[0]
     assert sweep.choose([rows[0], row(0.9, 0.8, -1.)], 1) is rows[0]  # slower than the dense model
 
 
@@ -299,7 +297,7 @@ def prefer(monkeypatch):
 
 
 @pytest.mark.parametrize('name, ratio', [
-    ('evo_deit_tiny', 0.5), ('evo_levit_128s', 0.2), ('vit_tiny_patch16_224', 0.5), ('vit_tiny_patch16_224', None)])
+    ('evo_deit_tiny', 0.5), ('evo_levit_128s', 0.2), ('vit_tiny_patch16_224', 0.5), ('vit_tiny_patch16_224', 1)])
 def test_the_line_of_python_builds_the_model(command, digits, prefer, name, ratio):
     prefer(ratio)
     _, result, out, _ = command(name, digits)
@@ -315,10 +313,8 @@ def test_the_line_of_python_builds_the_model(command, digits, prefer, name, rati
 def at_ratios_copies(name):
     """As `at_ratios`, one model each."""
     dense = classifier(name)
-    for ratio in [None, *RATIOS]:
-        if ratio is None:
-            yield ratio, dense
-        elif name.startswith('evo'):
+    for ratio in RATIOS:
+        if name.startswith('evo'):
             model = timm.create_model(name, keep_ratio=ratio, **MODELS[name]).eval()
             model.load_state_dict(dense.state_dict())
             yield ratio, model
@@ -390,10 +386,10 @@ def test_plot(command, digits, tmp_path, monkeypatch):
     assert Image.open(tmp_path / 'out' / 'sweep.png').width > 600
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['sweep.json', 'sweep.png']
     rows = json.loads((tmp_path / 'out' / 'sweep.json').read_text())['rows']
-    figure = sweep_report.plot(json.loads((tmp_path / 'out' / 'sweep.json').read_text()))
+    figure = sweep.plot(json.loads((tmp_path / 'out' / 'sweep.json').read_text()))
     line = next(line for line in figure.axes[0].lines if line.get_label() == 'keep ratio')
-    assert line.get_xdata().tolist() == [r['images_per_second'] for r in rows[1:]]
-    assert line.get_ydata().tolist() == pytest.approx([r['top1'] for r in rows[1:]])
+    assert line.get_xdata().tolist() == [r['images_per_second'] for r in rows]
+    assert line.get_ydata().tolist() == pytest.approx([r['top1'] for r in rows])
 
 
 def test_documentation_shows_what_it_prints(command, digits, tmp_path):
@@ -415,21 +411,20 @@ def test_without_matplotlib(command, digits, tmp_path, monkeypatch):
 # failures
 
 @pytest.mark.parametrize('args, message', [
-    (['--data-dir', 'nowhere'], 'nowhere: there is no such folder'),
+    (['--data-dir', 'nowhere'], "--data-dir must be a folder or tar file, got 'nowhere'"),
     (['--data-dir', 'empty'], 'Found 0 images'),
-    (['--data-dir', 'flat'], 'flat has no folder for each class; --no-labels'),
+    (['--data-dir', 'flat'], 'flat has folders of 0 classes'),
     (['--data-dir', 'splits', '--split', 'test'], "splits has no split 'test'"),
-    (['--data-dir', 'two'], 'two has 2 classes, but the model has 10'),
-    (['--data-dir', 'two', '--class-map', 'map.txt'], 'two has 12 classes, but the model has 10'),
+    (['--data-dir', 'two'], 'two has folders of 2 classes, the model has 10'),
+    (['--data-dir', 'two', '--class-map', 'map.txt'], 'two has folders of 12 classes, the model has 10'),
     (['--data-dir', 'two', '--class-map', 'nomap.txt'], 'nomap.txt'),
     (['--data-dir', 'damaged', '--no-labels'], 'None of the 1 pictures can be read'),
     (['--dataset', 'wds/some'], "--dataset must be torch/NAME or hfds/NAME, got 'wds/some'"),
-    (['--keep-ratio', '0.5', '0'], '--keep-ratio must be in (0, 1], got 0'),
-    (['--keep-ratio', '1.5'], '--keep-ratio must be in (0, 1], got 1.5'),
-    (['--keep-ratio', 'nan'], '--keep-ratio must be in (0, 1], got nan'),
-    (['--max-drop', '-1'], '--max-drop must be 0 or more'),
-    (['--limit', '0'], '--limit must be 1 or more'),
-    (['-b', '-1'], '--batch-size must be 1 or more'),
+    (['--keep-ratio', '0.5', '0'], 'keep_ratio must be in (0, 1], got 0'),
+    (['--keep-ratio', '1.5'], 'keep_ratio must be in (0, 1], got 1.5'),
+    (['--keep-ratio', 'nan'], 'keep_ratio must be in (0, 1], got nan'),
+    (['--limit', '-1'], '--limit must be 1 or more'),
+    (['-b', '-1'], 'batch_size=-1'),
     (['--checkpoint', 'missing.pth'], 'missing.pth'),
     (['--device', 'nothing'], 'nothing'),
     (['--output', 'map.txt'], 'map.txt'),
@@ -446,7 +441,7 @@ def test_bad_input(command, digits, tmp_path, monkeypatch, args, message):
     status, result, _, err = command('evo_deit_tiny', digits, *args, output='new/out')
     assert status == 1 and result is None and message in err and 'Traceback' not in err
     assert len([line for line in err.splitlines() if 'is skipped' not in line]) == 1
-    assert not (tmp_path / 'new').exists() and (tmp_path / 'map.txt').is_file()
+    assert not list(tmp_path.glob('new/out/*')) and (tmp_path / 'map.txt').is_file()
 
 
 def test_weights_of_another_readout(digits, tmp_path, capsys):
@@ -459,11 +454,25 @@ def test_weights_of_another_readout(digits, tmp_path, capsys):
     assert not (tmp_path / 'out').exists()
 
 
+def test_weights_by_similarity(digits, tmp_path, capsys):
+    model = timm.create_model('evo_deit_tiny', slow_tokens='similarity', **MODELS['evo_deit_tiny'])
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
+    args = ['--checkpoint', tmp_path / 'model.pth', '--data-dir', digits, '--output', tmp_path / 'out', '--rounds', 1,
+            '--limit', 8, '-j', 0, '--keep-ratio', 0.5]
+    assert main(['sweep', *map(str, [*words('evo_deit_tiny'), *args])]) == 1
+    error = capsys.readouterr().err
+    assert "The weights are of an Evo-DeiT with slow_tokens='similarity'" in error and len(error.splitlines()) == 1
+    assert main(['sweep', *map(str, [*words('evo_deit_tiny'), 'slow_tokens=similarity', *args])]) == 0
+    scope = {'timm': timm}
+    exec(json.loads((tmp_path / 'out' / 'sweep.json').read_text())['python'], scope)
+    assert_same_weights(scope['model'], model)
+
+
 def test_weights_of_another_image_size(digits, tmp_path, capsys):
     """What sweep prints at the end could not load them."""
     model = timm.create_model('vit_tiny_patch16_224', **MODELS['vit_tiny_patch16_224'])
     torch.save(model.state_dict(), tmp_path / 'model.pth')
-    args = ['--img-size', 64, '--checkpoint', tmp_path / 'model.pth', '--data-dir', digits, '--output', tmp_path / 'out']
+    args = ['img_size=64', '--checkpoint', tmp_path / 'model.pth', '--data-dir', digits, '--output', tmp_path / 'out']
     assert main(['sweep', *map(str, [*words('vit_tiny_patch16_224'), *args])]) == 1
     error = capsys.readouterr().err
     assert 'model.pth does not fit the model' in error and 'size mismatch for pos_embed' in error
@@ -490,36 +499,30 @@ def test_models_that_are_not_measured(digits, tmp_path, capsys, name, message):
 
 @pytest.mark.parametrize('label', [10, -1])
 def test_a_label_that_the_model_does_not_have(label):
+    model = torch.nn.Identity()
+    model.set_keep_ratio = lambda ratio: None
+    batch, settings = torch.zeros(2, 10), [sweep.Setting(model, 1.)]
     with pytest.raises(ValueError, match=f'label must be in 0 .. 9, got {label}'):
-        sweep.compare([sweep.Setting(torch.nn.Identity())], torch.zeros(2, 10), torch.tensor([3, label]))
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path):
-    path = tmp_path / 'sweep.json'
-    sweep_report.write(path, {'a': 1})
-    with pytest.raises(TypeError):
-        sweep_report.write(path, {'a': object()})
-    assert json.loads(path.read_text()) == {'a': 1} and list(tmp_path.iterdir()) == [path]
+        sweep.sweep(settings, [(batch, torch.tensor([3, label]), ['', ''])], batch, True, 0.5, rounds=1)
 
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Ctrl-C while the n-th batch of pictures is compared, after the first setting."""
+    """Ctrl-C while picture n is read."""
     def interrupt(n):
-        compare, batches = sweep.compare, []
+        read = sweep.Pictures.__getitem__
 
-        def stop(settings, *args):
-            batches.append(args)
-            compare(settings[:1] if len(batches) == n else settings, *args)
-            if len(batches) == n:
+        def stop(self, i):
+            if i == n:
                 raise KeyboardInterrupt
+            return read(self, i)
 
-        monkeypatch.setattr(sweep, 'compare', stop)
+        monkeypatch.setattr(sweep.Pictures, '__getitem__', stop)
     return interrupt
 
 
 def test_interrupted_it_leaves_what_it_has_measured(command, digits, tmp_path, interrupt):
-    interrupt(3)
+    interrupt(40)
     status, result, out, err = command('evo_deit_tiny', digits)
     assert status == 130 and 'interrupted' in err and '32 of 60 pictures' in out
     assert result['images'] == 32 and not result['complete'] and len(result['rows']) == 4
@@ -529,8 +532,8 @@ def test_interrupted_it_leaves_what_it_has_measured(command, digits, tmp_path, i
 
 
 def test_interrupted_at_once_it_leaves_nothing(command, digits, tmp_path, interrupt):
-    interrupt(1)
-    assert command('evo_deit_tiny', digits, output='new/out')[0] == 130 and not (tmp_path / 'new').exists()
+    interrupt(0)
+    assert command('evo_deit_tiny', digits, output='new/out')[0] == 130 and not list(tmp_path.glob('new/out/*'))
 
 
 def test_a_recorded_sweep_says_what_it_was_made_with(digits, tmp_path):

@@ -6,7 +6,7 @@ from helpers import TINY, both_families, build, images_for, layerwise_phase
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import timm_evovit.evolution
+import timm_evovit.attention
 
 EPOCHS, LAYERWISE = 4, 2
 
@@ -68,31 +68,17 @@ def test_compiled_once_for_each_phase(family):
     assert counts == [1, 2, 3, 3]  # layer-wise; evaluation; stage-wise
 
 
-@both_families
-def test_a_scripted_model_keeps_its_epoch(family):
-    model = model_of(family, layer_to_stage_epochs=1).train()
-    x = images_for(model, 4)
-    scripted = torch.jit.script(model)
-    for mode in (True, False):
-        model.train(mode).set_epoch(0)
-        torch.manual_seed(0)  # the same heads
-        expected = model(x)
-        model.set_epoch(5)  # of which the scripted model knows nothing
-        torch.manual_seed(0)
-        torch.testing.assert_close(scripted.train(mode)(x), expected, rtol=1e-3, atol=1e-3)
-
-
 @pytest.fixture
 def layerwise(monkeypatch):
     """Selections made in each forward pass of training."""
     counts = []
-    split = timm_evovit.evolution.split_tokens
+    split = timm_evovit.attention.split_tokens
 
     def counting(*args):
         counts[-1] += 1
         return split(*args)
 
-    monkeypatch.setattr(timm_evovit.evolution, 'split_tokens', counting)
+    monkeypatch.setattr(timm_evovit.attention, 'split_tokens', counting)
     return counts
 
 

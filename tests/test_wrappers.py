@@ -1,12 +1,14 @@
-"""Hooks, sharding, vmap and attribution see what they see in timm: tensors, and complete tokens outside a stage."""
+"""What holds for every kind of model, alone, under hooks, sharding, vmap and attribution."""
+import copy
 import math
 import warnings
 
 import pytest
 import torch
-from helpers import build, build_deit, build_levit, images_for
+from helpers import assert_same_weights, build, build_deit, build_levit, images_for
+from torch.nn import functional as F
 
-from timm_evovit import evolve
+from timm_evovit import evolve, informative_tokens
 
 MODELS = {
     'deit': build_deit,
@@ -16,8 +18,79 @@ MODELS = {
 all_models = pytest.mark.parametrize('kind', MODELS)
 
 
-def sequences(model):
-    return [s.blocks for s in model.stages] if hasattr(model, 'stages') else [model.blocks]
+def blocks_of(model):
+    return [b for s in model.stages for b in s.blocks] if hasattr(model, 'stages') else list(model.blocks)
+
+
+@pytest.mark.parametrize('kind, kwargs', [
+    *((kind, {}) for kind in MODELS), *((kind, dict(selection='layer')) for kind in ('deit', 'levit')),
+    ('deit', dict(representative_token=True))])
+@torch.no_grad()
+def test_images_do_not_depend_on_the_batch(kind, kwargs):
+    model = MODELS[kind](**kwargs).double()
+    x = images_for(model, 5)
+    together = model(x)
+    torch.testing.assert_close(together, torch.cat([model(image[None]) for image in x]))
+    torch.testing.assert_close(together.flip(0), model(x.flip(0)))
+    x[0] = float('nan')
+    y = model(x)
+    assert y[0].isnan().all()
+    torch.testing.assert_close(y[1:], together[1:])
+
+
+@pytest.mark.parametrize('kind, kwargs', [
+    *((kind, {}) for kind in MODELS), ('deit', dict(selection='layer', representative_token=True)),
+    ('levit', dict(selection='layer', representative_token=False))])
+def test_grad_checkpointing_changes_nothing(kind, kwargs):
+    gradients = []
+    for enable in (False, True):
+        model, runs = MODELS[kind](**kwargs).double().train(), []
+        model.set_grad_checkpointing(enable)
+        for block in blocks_of(model):
+            block.register_forward_pre_hook(lambda block, args, runs=runs: runs.append(block))
+        torch.manual_seed(0)  # the same heads
+        model(images_for(model)).square().sum().backward()
+        assert [runs.count(block) for block in blocks_of(model)] == [1 + enable] * len(blocks_of(model))
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@all_models
+@torch.no_grad()
+def test_low_precision(kind):
+    model = MODELS[kind]()
+    x = images_for(model, 4)
+    full = model(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert F.cosine_similarity(model(x).float().flatten(), full.flatten(), dim=0) > 0.97
+    half = model.to(torch.bfloat16)(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and F.cosine_similarity(half.float().flatten(), full.flatten(), dim=0) > 0.9
+    attention = informative_tokens(model, x.bfloat16())[0].attention
+    assert attention is None if kind == 'evolved' else attention.dtype == torch.float32
+
+
+@all_models
+def test_nothing_is_left_behind(kind, tmp_path):
+    """By inference, informative_tokens, and a keep ratio that is refused or taken back; copy and pickle are the same."""
+    model = MODELS[kind]().train()
+    model.head.eval()
+    x, before = images_for(model, 2), copy.deepcopy(model)
+    state = {name: (set(vars(m)), m.training) for name, m in model.named_modules()}
+    informative_tokens(model, x)
+    for bad in (0, (0.5,) * 9, 'x'):
+        with pytest.raises((ValueError, TypeError)):
+            model.set_keep_ratio(bad)
+    assert model.keep_ratio == before.keep_ratio
+    assert {name: (set(vars(m)), m.training) for name, m in model.named_modules()} == state
+    model.set_keep_ratio(0.25)
+    model.set_keep_ratio(before.keep_ratio)
+    assert_same_weights(model, before)
+    torch.save(model, tmp_path / 'model.pt')
+    with torch.no_grad():
+        expected = model.eval()(x)
+        for other in (model, before.eval(), torch.load(tmp_path / 'model.pt', weights_only=False).eval()):
+            assert type(other) is type(model) and torch.equal(other(x), expected)
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == {name: s[0] for name, s in state.items()}
 
 
 @all_models
@@ -34,25 +107,13 @@ def test_hooks_get_tensors(kind, mode):
     assert all(torch.is_tensor(output) for output in outputs.values())
     if kind == 'levit':
         for i, stage in enumerate(model.stages):
-            n = 1 + stage.grid_size[0] * stage.grid_size[1]
-            assert outputs[f'stages.{i}'].shape[:2] == outputs[f'stages.{i}.blocks'].shape[:2] == (3, n)
-    else:
-        n = model.pos_embed.shape[1]
-        assert outputs['blocks'].shape == (3, n, 24)
-        nested = model.slow_tokens == 'similarity'  # the first stage goes on around the others
-        for i, start in enumerate(model.stage_starts):
-            if nested and i:
-                assert f'blocks.{start}.grid' not in outputs
-            else:
-                assert outputs[f'blocks.{start}.grid'].shape == (3, n, 24)
-            assert outputs[f'blocks.{start}'].shape[1] < n
-
-
-@all_models
-def test_a_sequence_alone_returns_complete_tokens(kind):
-    model = MODELS[kind]()
-    x = torch.randn(2, 17, model.stages[0].blocks[0].attn.qkv.linear.in_features if kind == 'levit' else model.embed_dim)
-    assert sequences(model)[0](x).shape == x.shape
+            assert outputs[f'stages.{i}'].shape[:2] == (3, 1 + stage.grid_size[0] * stage.grid_size[1])
+        return
+    n = model.pos_embed.shape[1]
+    assert outputs['norm'].shape == (3, n, 24)
+    for start in model.stage_starts:
+        assert outputs[f'blocks.{start}'].shape[1] < n
+        assert kind == 'evolved' or outputs[f'blocks.{start}.grid'].shape == (3, n, 24)
 
 
 @all_models
@@ -84,9 +145,9 @@ def mesh():
 
 
 @all_models
-@pytest.mark.parametrize('units', ['blocks', 'sequences', 'stages', 'everything'])
+@pytest.mark.parametrize('units', ['blocks', 'stages', 'everything'])
 def test_fully_shard(kind, units, mesh):
-    """FSDP2 around blocks, sequences, stages and the model: same result, gradients, no warning of views."""
+    """FSDP2 around blocks, stages and the model: same result, gradients, no warning of views."""
     fsdp = pytest.importorskip('torch.distributed.fsdp')
     if not hasattr(fsdp, 'fully_shard'):
         pytest.skip('this PyTorch has no fully_shard')
@@ -99,9 +160,7 @@ def test_fully_shard(kind, units, mesh):
             expected[ratio] = model(x)
     parts = []
     if units in ('blocks', 'everything'):
-        parts += [block for blocks in sequences(model) for block in blocks]
-    if units in ('sequences', 'everything'):
-        parts += sequences(model)
+        parts += blocks_of(model)
     if units in ('stages', 'everything') and kind == 'levit':
         parts += list(model.stages)
     with warnings.catch_warnings():
@@ -123,11 +182,12 @@ def grid_of(tokens):
 
 
 def targets(model, kind):
-    """Modules whose output is the complete grid: the last ones of each model, as docs/seeing.md recommends."""
+    """Modules that see the complete grid, the last ones of each model, as docs/seeing.md recommends."""
     if kind == 'levit':
         return [model.stages[0], model.stages[1]]
-    starts = model.stage_starts[:1] if model.slow_tokens == 'similarity' else model.stage_starts
-    return [model.blocks[s].grid for s in starts]
+    if kind == 'evolved':
+        return [model.blocks[model.stage_starts[0] - 1]]
+    return [model.blocks[start].grid for start in model.stage_starts]
 
 
 @pytest.mark.slow
@@ -153,7 +213,7 @@ def test_captum(kind):
     captum = pytest.importorskip('captum.attr', reason='captum is not installed')
     model = MODELS[kind]()
     x = images_for(model, 2)
-    layers = targets(model, kind) + [b[0] for b in sequences(model)] + [b[-1].attn for b in sequences(model)]
+    layers = [*targets(model, kind), blocks_of(model)[0], blocks_of(model)[-1].attn]
     for layer in layers:  # blocks in a stage too: an attribution over the tokens that they see
         activation = captum.LayerActivation(model, layer).attribute(x)
         found = captum.LayerGradCam(model, layer).attribute(x, target=1)
@@ -176,9 +236,9 @@ def test_activation_checkpoint_wrapper(kind):
         return torch.autograd.grad(model(x).square().sum(), list(model.parameters()), allow_unused=True)
 
     expected = gradients()
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ in ('EvoBlock', 'EvoLevitBlock'):
-            model.set_submodule(name, checkpoint_wrapper(module))
+    for blocks in [s.blocks for s in model.stages] if kind == 'levit' else [model.blocks]:
+        for i, block in enumerate(blocks):
+            blocks[i] = checkpoint_wrapper(block)
     for g, e in zip(gradients(), expected):
         assert (g is None) == (e is None)
         if g is not None:

@@ -1,0 +1,122 @@
+"""Matching and grouping of tokens, against plain references."""
+import pytest
+import reference
+import torch
+from torch.nn import functional as F
+
+from timm_evovit.similarity import group_tokens, match_tokens, run_blocks
+from timm_evovit.tokens import as_fraction
+
+
+def groups(tokens, count, **kwargs):
+    """The group of each token, by one round of matching to `count` groups."""
+    return group_tokens(tokens, None, 0, tokens.shape[1], (count, tokens.shape[1]), **kwargs)[0].slow_idx
+
+
+def reference_groups(tokens, count):
+    found = reference.match(list(tokens), count)
+    return [next(i for i, group in enumerate(found) if j in group) for j in range(len(tokens))]
+
+
+def random_tokens(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_ties_are_resolved_by_position():
+    """Of equal patches the first even ones join the first odd one, whatever the other images are."""
+    tokens = torch.cat([torch.ones(2, 8, 4), random_tokens(3, 8, 4)])
+    assert groups(tokens, 6)[:2].tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]] * 2
+    assert torch.equal(groups(tokens[3:4], 5)[0], groups(tokens, 5)[3])
+
+
+def test_tokens_that_are_like_no_other():
+    """Of opposite tokens the least opposite ones are joined."""
+    tokens = torch.tensor([[[1., 0.], [-0.5, 0.87], [0.6, -0.8], [-1., 0.]]])  # best -0.5 with the second, -0.6 the last
+    assert groups(tokens, 3).tolist() == [[0, 0, 1, 2]]
+
+
+def test_large_tokens_in_half_precision():
+    """Their dot products, a million here, are more than half precision holds."""
+    tokens = torch.eye(32)[[0, 0, 1, 2, 3, 0]].unsqueeze(0)
+    tokens[0, 1, 4] = 1  # the first token is less like this one than like the last one
+    for x in (tokens, 1000 * tokens.half()):
+        assert groups(x, 5).tolist() == [[4, 0, 1, 2, 3, 4]]
+
+
+def test_a_zero_token_in_half_precision_is_like_no_other():
+    tokens = random_tokens(1, 64, 32)
+    tokens[:, 3] = 0
+    for x in (tokens, tokens.half()):
+        assert groups(x, 54).unique().numel() == 54
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+def test_pairs_of_bfloat16_tokens_are_those_of_float64(autocast):
+    """Patches that differ little, as those of a real picture: scores in bfloat16 would find other pairs."""
+    tokens = (random_tokens(1, 1, 48) + 0.05 * random_tokens(2, 64, 48, seed=1)).bfloat16()
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        found = groups(tokens, 40)
+    assert found.tolist() == [reference_groups(image, 40) for image in tokens.double()]
+    length = tokens.norm(dim=-1, keepdim=True)
+    scores = (tokens[:, ::2] / length[:, ::2]) @ (tokens[:, 1::2] / length[:, 1::2]).mT
+    _, partner = match_tokens(tokens, torch.tensor([[24]]))
+    assert (2 * scores.argmax(dim=2) + 1 == partner[:, ::2]).float().mean() < 0.9  # the test can fail
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 9, 16])
+def test_groups_and_means_are_those_of_the_reference(n):
+    x = random_tokens(3, 2 + n, 8).double()
+    for count in range(max(1, n // 2), n + 1):
+        grouping, sizes = group_tokens(x, None, 2, n, (count, n))
+        for image, slow, slow_idx, size in zip(x, grouping.slow, grouping.slow_idx, sizes[:, 0]):
+            members = [[0], [1]] + [[2 + j for j in group] for group in reference.match(list(image[2:]), count)]
+            assert [sorted(group) for group in members] == [
+                (slow_idx == g).nonzero().flatten().tolist() for g in range(2 + count)]
+            torch.testing.assert_close(slow, torch.stack([image[group].mean(dim=0) for group in members]))
+            assert size.tolist() == [len(group) for group in members]
+
+
+def test_large_groups_in_bfloat16(monkeypatch):
+    """A group of five hundred patches that differ little: its mean is not that of the last few."""
+    scatter_add, seen = torch.Tensor.scatter_add, []
+
+    def recorded(self, *args):  # on a CPU bfloat16 would do, on a GPU it would not
+        seen.append(self.dtype)
+        return scatter_add(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, 'scatter_add', recorded)
+    tokens = 1 + torch.arange(1000.).view(1, 1000, 1) / 1000
+    tokens = F.pad(tokens, [0, 1])
+    tokens[:, 3::2] = tokens[:, 3::2].flip(2)  # all even ones are like the first odd one, and like no other
+    grouping, sizes = group_tokens(tokens.bfloat16(), None, 0, 1000, (1, 2))
+    mean = torch.cat([tokens[:, ::2, :1], tokens[:, 1:2, :1]], dim=1).mean()
+    assert sizes[0, 0, 0] == 501 and seen == [torch.float32] * 2
+    assert grouping.slow.dtype == torch.bfloat16 and abs(grouping.slow[0, 0, 0].item() - mean.item()) < 0.01
+
+
+@pytest.mark.parametrize('valid', [1, 2, 5, 8, 9])
+def test_padding_leaves_the_groups_of_the_others(valid):
+    """It joins no patch, weighs nothing, and is one group, the last."""
+    n = 9
+    x, sizes = random_tokens(1, n, 6), torch.ones(1, 1, n)
+    sizes[..., valid:] = 0
+    grouping, slow_sizes = group_tokens(x, sizes, 0, n, (1, 2), torch.tensor([[valid]]))
+    alone, alone_sizes = group_tokens(x[:, :valid], None, 0, valid, (1, 2))
+    count = alone.slow.shape[1]
+    assert torch.equal(grouping.slow_idx[:, :valid], alone.slow_idx)
+    torch.testing.assert_close(grouping.slow[:, :count], alone.slow)
+    assert torch.equal(slow_sizes[..., :count], alone_sizes) and not slow_sizes[..., count:].any()
+    assert (grouping.slow_idx[:, valid:] == grouping.slow.shape[1] - 1).all()
+
+
+@pytest.mark.parametrize('ratio', [1e-13, 1e-9, 1 / 3])
+def test_any_ratio_leaves_one_token_at_least(ratio):
+    class Block(torch.nn.Module):
+        def forward(self, x, attn_mask):
+            seen.append(x.shape[1])
+            return x + 1
+
+    seen, x = [], random_tokens(2, 10, 4)
+    out, _ = run_blocks([Block()], x, {0: as_fraction(ratio)}, 1)
+    assert seen == [1 + max(1, int(9 * ratio))]
+    torch.testing.assert_close(out, x + 1)  # every patch gets what its slow token got

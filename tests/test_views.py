@@ -1,0 +1,612 @@
+"""`evolve` gives another view of the same model, on the blocks that are there, whatever somebody has put into them."""
+import copy
+import functools
+import inspect
+import pickle
+import types
+
+import helpers
+import pytest
+import timm
+import torch
+from helpers import build, images, images_for
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import nn
+from torch.nn import functional as F
+
+from timm_evovit import evolve, informative_tokens
+
+KINDS = {
+    'vit': ('vit_base_patch16_224', {}),
+    'eva02': ('eva02_base_patch14_224', {}),
+    'eva with separate biases': ('eva_large_patch14_196', {}),
+    'dinov3': ('vit_small_plus_patch16_dinov3', dict(init_values=0.5)),
+    'naflexvit': ('naflexvit_base_patch16_gap', {}),
+}
+every_kind = pytest.mark.parametrize('kind', KINDS)
+
+
+def build_kind(kind='vit', **kwargs):
+    name, config = KINDS[kind]
+    model = build(name, depth=6, **config, **kwargs)
+    for block in model.blocks if 'separate' in kind else ():
+        block.attn.qkv_bias_separate = True
+    return model
+
+
+# What somebody else has put into the blocks
+
+class Lora(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Linear(linear.in_features, 2, bias=False)
+        self.up = nn.Linear(2, linear.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.linear.weight
+
+    @property
+    def bias(self):
+        return self.linear.bias
+
+    def forward(self, x):
+        return self.linear(x) + self.up(self.down(x))
+
+
+def add_lora(model):
+    for block in model.blocks:
+        name = 'qkv' if getattr(block.attn, 'qkv', None) is not None else 'q_proj'
+        setattr(block.attn, name, Lora(getattr(block.attn, name)))
+
+
+def replace_mlp(model):
+    model.blocks[2].mlp = nn.Identity()
+
+
+def patch_attention(model):
+    attn = model.blocks[3].attn
+    original = attn.forward
+
+    def forward(self, *args, **kwargs):
+        return 2 * original(*args, **kwargs)
+
+    attn.forward = types.MethodType(forward, attn)
+
+
+def hook_block(model):
+    model.blocks[1].register_forward_hook(lambda module, args, output: 0.5 * output)
+
+
+class OwnBlock(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.inner = block
+
+    def forward(self, x, **kwargs):
+        return self.inner(x, **kwargs) + 0.1 * x
+
+
+def wrap_blocks(model):
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = OwnBlock(block)
+
+
+@every_kind
+@pytest.mark.parametrize('change', [add_lora, replace_mlp, patch_attention, hook_block, wrap_blocks])
+@torch.no_grad()
+def test_what_is_in_the_blocks_works_before_and_after(kind, change):
+    """As in the dense model at keep ratio 1, and the same whether it was there before `evolve` or came after."""
+    torch.manual_seed(1)
+    before, after = build_kind(kind), build_kind(kind)
+    x = images_for(before)
+    plain = evolve(build_kind(kind), 0.5)(x)
+    state = torch.random.get_rng_state()
+    change(before)
+    first = evolve(before, 0.5)
+    torch.random.set_rng_state(state)
+    second = evolve(after, 0.5)
+    change(after)
+    assert torch.equal(first(x), second(x)) and not torch.allclose(first(x), plain)
+    for dense, evolved in ((before, first), (after, second)):
+        evolved.set_keep_ratio(1)
+        assert torch.equal(evolved(x), dense(x))
+
+
+@torch.no_grad()
+def test_hooks_see_slow_tokens():
+    dense, shapes = build_kind(), []
+    dense.blocks[4].attn.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    evolve(dense, (0.5, 0.25), (1, 3))(images_for(dense))
+    assert shapes == [(3, 1 + 4, 24)]
+
+
+@torch.no_grad()
+def test_attention_of_ones_own():
+    class Own(Attention):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            return super().forward(x, attn_mask=attn_mask)
+
+    class Without(Attention):
+        def forward(self, x):
+            return super().forward(x)
+
+    dense = build('vit_base_patch16_224', depth=6, attn_layer=Own)
+    plain = build_kind()
+    plain.load_state_dict(dense.state_dict())
+    x = images_for(dense)
+    assert torch.equal(evolve(dense, 0.5)(x), evolve(plain, 0.5)(x))
+    with pytest.raises(TypeError, match='attn_mask'):
+        evolve(build('vit_base_patch16_224', depth=6, attn_layer=Without), 0.5)(x)
+
+
+@torch.no_grad()
+def test_accelerate_hooks_on_blocks():
+    """accelerate gives modules an attribute `forward`: in blocks it works, on the model `evolve` refuses it."""
+    def attach(module):
+        old = module.forward
+        module.forward = functools.update_wrapper(functools.partial(lambda *a, **k: old(*a, **k)), old)
+
+    dense = build_kind()
+    x = images_for(dense)
+    expected = evolve(dense, 0.5)(x)
+    attach(dense.blocks[2])
+    assert torch.equal(evolve(dense, 0.5)(x), expected)
+    attach(dense)
+    with pytest.raises(TypeError, match='attribute forward that replaces the method of VisionTransformer'):
+        evolve(dense)
+
+
+# Two views of one model
+
+@every_kind
+@pytest.mark.parametrize('cast', [lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.to('meta')])
+def test_casting_one_leaves_both_able_to_run(kind, cast):
+    for which in (0, 1):
+        dense = build_kind(kind)
+        pair = dense, evolve(dense)
+        cast(pair[which])
+        x = images_for(build_kind(kind)).to(next(dense.parameters()))
+        for model in pair:
+            y = model(x)
+            assert y.dtype == x.dtype and y.device == x.device
+
+
+def test_modes_and_checkpointing_are_shared():
+    dense = build_kind()
+    evolved = evolve(dense)
+    assert evolved.train() is evolved and dense.training and dense.blocks[0].training
+    dense.eval()
+    assert not evolved.training
+    evolved.set_grad_checkpointing()
+    assert dense.grad_checkpointing
+    dense.set_grad_checkpointing(False)
+    assert not evolved.grad_checkpointing
+    dense.requires_grad_(False)
+    assert not any(p.requires_grad for p in evolved.parameters())
+    dense.reset_classifier(3, 'avg')
+    assert evolved.num_classes == 3 and evolved.global_pool == 'avg'
+    assert evolved(images_for(dense)).shape == (3, 3)
+
+
+@pytest.mark.parametrize('kind', ['vit', 'eva02'])
+@pytest.mark.parametrize('change', [
+    lambda m: m.reset_classifier(3, 'avg'), lambda m: m.set_input_size((48, 48))], ids=['classifier', 'size'])
+def test_either_view_saves_what_the_other_has_changed(kind, change, tmp_path):
+    for which in (0, 1):
+        dense = build_kind(kind)
+        if not hasattr(dense, '_traits'):
+            pytest.skip('this timm does not record changes')
+        pair = dense, evolve(dense, 0.5)
+        change(pair[which])
+        x = images(2, tuple(dense.patch_embed.img_size))
+        for i, model in enumerate(pair):
+            folder = tmp_path / f'{which}{i}'
+            timm.models.save_for_hf(
+                model, folder, model_args=model.model_args if i else None, safe_serialization=True)
+            again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+            with torch.no_grad():
+                assert torch.equal(again(x), model(x)) and type(again) is type(model)
+
+
+def test_full_backward_hooks_are_shared():
+    dense, calls = build_kind(), []
+    evolved = evolve(dense)
+    dense.register_full_backward_hook(lambda module, inputs, outputs: calls.append(module))
+    evolved(images_for(dense)).sum().backward()
+    assert calls == [evolved]
+
+
+def test_a_deep_copy_is_a_model_apart():
+    dense = build_kind()
+    x = images_for(dense)
+    evolved = evolve(copy.deepcopy(dense), 0.5).train()
+    with torch.no_grad():
+        expected = dense(x)
+        evolved.blocks[0].mlp.fc1.weight.zero_()
+        assert not dense.training and torch.equal(dense(x), expected)
+
+
+@every_kind
+@torch.no_grad()
+def test_copies_and_pickles(kind, tmp_path):
+    dense = build_kind(kind)
+    x = images_for(dense)
+    evolved = evolve(dense, 0.5)
+    expected = evolved(x)
+    torch.save(evolved, tmp_path / 'model.pt')
+    copies = [
+        copy.deepcopy(evolved), pickle.loads(pickle.dumps(evolved)), copy.copy(evolved),
+        torch.load(tmp_path / 'model.pt', weights_only=False)]
+    for other in copies:
+        assert type(other) is type(evolved) and other.keep_ratio == evolved.keep_ratio
+        assert torch.equal(other(x), expected)
+    for other in copies[:2]:
+        other.train()
+        assert not evolved.training and not dense.training
+
+
+class OwnTransformer(VisionTransformer):
+    """One that somebody has written."""
+
+    def forward_features(self, x, attn_mask=None, is_causal=False):
+        return 2 * super().forward_features(x, attn_mask, is_causal)
+
+    def embedding(self, x):
+        return self.forward_features(x)[:, 0]
+
+
+@torch.no_grad()
+def test_a_subclass_keeps_its_methods():
+    torch.manual_seed(0)
+    dense = helpers.randomize(OwnTransformer(**helpers.TINY, depth=6)).eval()
+    plain = build_kind()
+    plain.load_state_dict(dense.state_dict())
+    x = images_for(dense)
+    evolved = evolve(dense, 0.5)
+    assert isinstance(evolved, OwnTransformer)
+    assert torch.equal(evolved.embedding(x), 2 * evolve(plain, 0.5).forward_features(x)[:, 0])
+    assert torch.equal(copy.deepcopy(evolved)(x), evolved(x))
+    assert torch.equal(pickle.loads(pickle.dumps(evolved))(x), evolved(x))
+
+
+# What cannot work
+
+class OwnLoop(VisionTransformer):
+    def forward_features(self, x, attn_mask=None, is_causal=False):
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class OtherSuper(VisionTransformer):
+    def forward_features(self, x, attn_mask=None, is_causal=False):
+        return self.norm(self.blocks(super()._pos_embed(self.patch_embed(x))))
+
+
+class PastSuper(VisionTransformer):
+    def forward(self, x):
+        return self.forward_head(VisionTransformer.forward_features(self, x))
+
+
+class ByHelper(VisionTransformer):
+    """Evolves: it reaches ours through a method and a comprehension."""
+
+    def forward(self, x):
+        return torch.stack([self.one(y[None])[0] for y in x])
+
+    def one(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+@torch.no_grad()
+def test_a_forward_of_ones_own_that_evolves():
+    torch.manual_seed(0)
+    dense = helpers.randomize(ByHelper(**helpers.TINY, depth=6)).eval()
+    plain = build_kind()
+    plain.load_state_dict(dense.state_dict())
+    x = images_for(dense)
+    torch.testing.assert_close(evolve(dense, 0.5)(x), evolve(plain, 0.5)(x))
+
+
+class OwnForward(VisionTransformer):
+    def forward(self, x):
+        return self.head(self.blocks(self._pos_embed(self.patch_embed(x)))[:, 0])
+
+
+class MasklessBlock(Block):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def with_forward():
+    model = build_kind()
+    model.forward = functools.partial(VisionTransformer.forward, model)
+    return model
+
+
+def with_other_blocks():
+    model = build_kind()
+    model.blocks = nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize('model, message', [
+    (with_forward, 'attribute forward that replaces'),
+    (with_other_blocks, 'blocks must be an nn.Sequential or nn.ModuleList, got Identity'),
+    (lambda: OwnLoop(**helpers.TINY), r'OwnLoop.forward_features must reach that of VisionTransformer by super\(\)'),
+    (lambda: OtherSuper(**helpers.TINY), 'OtherSuper.forward_features must reach'),
+    (lambda: PastSuper(**helpers.TINY), 'PastSuper.forward must reach'),
+    (lambda: OwnForward(**helpers.TINY), 'OwnForward.forward must reach'),
+    (lambda: build('vit_base_patch16_224', depth=6, block_fn=MasklessBlock),
+     r'blocks.0 must take attn_mask .* got MasklessBlock.forward\(x\)'),
+    (lambda: timm.create_model('resnet10t'), 'VisionTransformer, Eva, NaFlexVit, got ResNet'),
+    (lambda: timm.create_model('beitv2_base_patch16_224', device='meta'), 'got Beit'),
+    (lambda: build('evo_deit_tiny'), 'EvoVisionTransformer evolves already'),
+    (lambda: evolve(build_kind()), 'EvolvedVisionTransformer evolves already'),
+    (lambda: torch.compile(build_kind()), 'got OptimizedModule'),
+], ids=lambda v: None if callable(v) else '')
+def test_what_cannot_evolve_is_refused(model, message):
+    with pytest.raises(TypeError, match=message):
+        evolve(model())
+
+
+@pytest.mark.parametrize('kwargs, error, message', [
+    (dict(keep_ratio=0), ValueError, r'keep_ratio must be in \(0, 1\], got 0'),
+    (dict(keep_ratio=float('nan')), ValueError, r'keep_ratio must be in \(0, 1\], got nan'),
+    (dict(keep_ratio='0.5'), TypeError, r"keep_ratio must be a number in \(0, 1\] or one per evolution stage, got '0.5'"),
+    (dict(keep_ratio=True), TypeError, 'got True'),
+    (dict(keep_ratio=(0.5, 0.5, 0.5)), ValueError, 'keep_ratio must be one number or 2'),
+    (dict(stages=(3, 3)), ValueError, r'ascending order, got \(3, 3\)'),
+    (dict(stages=(6,)), ValueError, r'1 \.\. 5 for a model of 6 blocks'),
+    (dict(stages='early'), TypeError, "got 'early'"),
+    (dict(slow_tokens='attention'), TypeError, 'slow_tokens'),
+])
+def test_bad_arguments_leave_the_model_alone(kwargs, error, message):
+    dense = build_kind()
+    x = images_for(dense)
+    before = set(vars(dense))
+    with torch.no_grad():
+        expected = dense(x)
+        with pytest.raises(error, match=message):
+            evolve(dense, **kwargs)
+        assert torch.equal(dense(x), expected) and type(dense) is VisionTransformer and set(vars(dense)) == before
+        if 'keep_ratio' in kwargs:
+            evolved = evolve(dense, 0.5)
+            ratios, grouped = evolved.keep_ratio, evolved(x)
+            with pytest.raises(error, match=message):
+                evolved.set_keep_ratio(kwargs['keep_ratio'])
+            assert evolved.keep_ratio == ratios and torch.equal(evolved(x), grouped)
+
+
+@pytest.mark.parametrize('ratio', [1e-13, 1e-7])
+@torch.no_grad()
+def test_tiny_ratios(ratio):
+    """One patch is left."""
+    dense = build_kind()
+    evolved = evolve(dense, (ratio, ratio), (1, 3))
+    x = images_for(dense)
+    assert evolved(x).isfinite().all()
+    assert informative_tokens(evolved, x)[-1].groups.unique().numel() == 1
+    assert evolve(dense, ratio)(x).isfinite().all()
+
+
+# Masks
+
+@torch.no_grad()
+def test_a_mask_of_keys_follows_the_patches():
+    """Masked patches get no weight and join no other one: they might have any value."""
+    evolved = evolve(build_kind().double(), (0.5, 0.3), (1, 3))
+    x = images_for(evolved)
+    keys = torch.ones(3, 1, 1, 17, dtype=torch.bool)
+    keys[:, :, :, 13:] = False  # the last row of the grid
+    y = evolved.forward_features(x, attn_mask=keys)
+    other = x.clone()
+    other[:, :, 24:] = torch.randn(3, 3, 8, 32).double()
+    torch.testing.assert_close(evolved.forward_features(other, attn_mask=keys)[:, :13], y[:, :13])
+    assert not torch.allclose(evolved.forward_features(other)[:, :13], evolved.forward_features(x)[:, :13])
+    added = torch.zeros(3, 1, 1, 17).double().masked_fill(~keys, float('-inf'))
+    torch.testing.assert_close(evolved.forward_features(x, attn_mask=added), y)
+    torch.testing.assert_close(evolved.forward_features(x, attn_mask=added.expand(-1, 3, -1, -1)), y)
+    torch.testing.assert_close(evolved.forward_features(x, attn_mask=keys[:1]), y)
+    torch.testing.assert_close(evolved(x, attn_mask=keys), evolved.forward_head(y))
+
+
+@torch.no_grad()
+def test_a_weight_of_keys_is_summed_over_groups():
+    """A mask that adds the same to all keys of a head changes nothing, one that adds to some does what it says."""
+    evolved = evolve(build_kind().double(), 0.5)
+    x = images_for(evolved)
+    y = evolved.forward_features(x)
+    same = torch.tensor([0.5, -2., 3.]).double().view(1, 3, 1, 1).expand(1, 3, 1, 17)
+    torch.testing.assert_close(evolved.forward_features(x, attn_mask=same), y)
+    some = torch.zeros(1, 3, 1, 17).double()
+    some[:, 1, :, 5:] = -1.
+    z = evolved.forward_features(x, attn_mask=some)
+    assert not torch.allclose(z, y)
+    evolved.set_keep_ratio(1)
+    assert torch.equal(evolved.forward_features(x, attn_mask=some), evolved._evolved_from.forward_features(x, attn_mask=some))
+
+
+@pytest.mark.parametrize('kind', ['vit', 'eva02'])
+@torch.no_grad()
+def test_masks_of_intermediates_by_position(kind):
+    """Where timm has them: Eva has no output_dict before them."""
+    dense = build_kind(kind)
+    names = list(inspect.signature(dense.forward_intermediates).parameters)
+    if 'attn_mask' not in names:
+        pytest.skip('forward_intermediates of this timm takes no mask')
+    x, mask = images_for(dense), torch.ones(1, 1, 1, dense.pos_embed.shape[1], dtype=torch.bool)
+    mask[..., -3:] = False
+    args = x, [1, 3], False, False, False, 'NLC', True, *([False] * (names.index('attn_mask') - 7)), mask
+    for a, b in zip(evolve(dense, 1).forward_intermediates(*args), dense.forward_intermediates(*args), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('mask, message', [
+    (dict(attn_mask=torch.ones(17, 17, dtype=torch.bool)), r'mask of keys, .* got \(17, 17\)'),
+    (dict(attn_mask=torch.zeros(1, 1, 17, 17)), r'got \(1, 1, 17, 17\)'),
+    (dict(is_causal=True), 'is_causal must be False where tokens are grouped, got True'),
+])
+@torch.no_grad()
+def test_masks_of_pairs_are_refused(mask, message):
+    evolved = evolve(build_kind())
+    x = images_for(evolved)
+    for call in (evolved, evolved.forward_features, evolved.forward_intermediates):
+        with pytest.raises(ValueError, match=message):
+            call(x, **mask)
+    evolved.set_keep_ratio(1)
+    assert torch.equal(evolved(x, **mask), evolved._evolved_from(x, **mask))
+
+
+# NaFlexVit: patches of any number and aspect ratio
+
+def patches_of(images, size):
+    """What timm's NaFlex loader gives: patches (B, n, size * size * 3) with coordinates and padding."""
+    rows = []
+    for image in images:
+        h, w = (side // size for side in image.shape[-2:])
+        patches = image.reshape(3, h, size, w, size).permute(1, 3, 2, 4, 0).reshape(h * w, -1)
+        coord = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij'), -1).view(-1, 2)
+        rows.append((patches, coord))
+    n = max(len(patches) for patches, _ in rows)
+    pad = [n - len(patches) for patches, _ in rows]
+    return dict(
+        patches=torch.stack([F.pad(p, [0, 0, 0, k]) for (p, _), k in zip(rows, pad)]),
+        patch_coord=torch.stack([F.pad(c, [0, 0, 0, k]) for (_, c), k in zip(rows, pad)]),
+        patch_valid=torch.stack([torch.arange(n) < n - k for k in pad]))
+
+
+NAFLEX = [
+    ('naflexvit_base_patch16_gap', {}),
+    ('naflexvit_base_patch16_par_gap', dict(class_token=True, global_pool='token')),
+    ('naflexvit_base_patch16_gap', dict(rope_type='axial')),
+    ('naflexvit_base_patch16_gap', dict(rope_type='mixed')),
+    ('naflexvit_base_patch16_map', {}),
+]
+
+
+@pytest.mark.parametrize('keep_ratio', [0.6, 0.25, 1])
+@pytest.mark.parametrize('name, config', NAFLEX)
+@torch.no_grad()
+def test_a_padded_batch_is_its_images_one_by_one(name, config, keep_ratio):
+    dense = build(name, depth=6, init_values=0.5, **config)  # with 1e-5, timm's default, blocks would hardly act
+    assert type(dense.double()) is NaFlexVit
+    evolved = evolve(dense, keep_ratio, (1, 3))
+    sizes = (32, 32), (24, 56), (16, 40), (8, 16), (8, 8)
+    pictures = [images(1, size, seed=i)[0].double() for i, size in enumerate(sizes)]
+    batch = patches_of(pictures, 8)
+    tokens = evolved.forward_features(**batch)
+    P = dense.num_prefix_tokens
+    for i, picture in enumerate(pictures):
+        alone = patches_of([picture], 8)
+        n = alone['patches'].shape[1]
+        torch.testing.assert_close(
+            tokens['patches'][i, :P + n], evolved.forward_features(**alone)['patches'][0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(evolved(batch)[i], evolved(alone)[0], rtol=0, atol=1e-12)
+    assert torch.equal(tokens['patch_valid'], batch['patch_valid'])
+    nonsense = dict(batch, patches=torch.where(batch['patch_valid'][..., None], batch['patches'], 1e3))
+    torch.testing.assert_close(evolved(nonsense), evolved(batch), rtol=0, atol=1e-12)  # padding is never read
+    if keep_ratio == 1:
+        assert torch.equal(evolved(batch), dense(batch))
+        for args in (dict(), dict(output_dict=True, norm=True), dict(return_prefix_tokens=True, indices=[1])):
+            torch.testing.assert_close(
+                evolved.forward_intermediates(batch, output_fmt='NLC', **args),
+                dense.forward_intermediates(batch, output_fmt='NLC', **args), rtol=0, atol=0)
+    else:
+        difference = (evolved(batch) - dense(batch)).abs().amax(dim=1)
+        assert difference[:3].min() > 1e-4 and difference[4] < 1e-12  # one patch is left as it is
+
+
+@torch.no_grad()
+def test_any_vision_transformer_as_naflex():
+    dense = build('vit_base_patch16_224', depth=6, use_naflex=True).double()
+    assert type(dense) is NaFlexVit
+    x = images_for(dense)
+    evolved = evolve(dense, 0.5)
+    assert not torch.allclose(evolved(x), dense(x))
+    batch = patches_of(list(x), 8)
+    torch.testing.assert_close(evolved(batch), evolved(x), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="output_fmt must be 'NLC'"):
+        evolved.forward_intermediates(batch)
+
+
+def test_naflex_trains():
+    """Padding gets no gradient, and every parameter one."""
+    evolved = evolve(build('naflexvit_base_patch16_gap', depth=6), 0.5).train()
+    batch = patches_of([images(1, size)[0] for size in ((32, 32), (16, 24))], 8)
+    batch['patches'].requires_grad_()
+    evolved(batch).square().sum().backward()
+    gradient = batch['patches'].grad
+    assert not gradient[~batch['patch_valid']].any() and gradient[batch['patch_valid']].any(dim=-1).all()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in evolved.parameters())
+
+
+# Blocks that are taken out or added
+
+def identity(blocks):
+    blocks[3] = nn.Identity()
+    return blocks
+
+
+CHANGES = {
+    'identity': identity,
+    'the first four': lambda blocks: nn.Sequential(*list(blocks)[:4]),
+    'slice': lambda blocks: blocks[1:4],
+    'append': lambda blocks: blocks.append(copy.deepcopy(blocks[0])),
+    'pop': lambda blocks: blocks.pop(2) and blocks,
+    'list': lambda blocks: nn.ModuleList(blocks),
+}
+
+
+@pytest.mark.parametrize('view', [0, 1])
+@pytest.mark.parametrize('change', CHANGES)
+@torch.no_grad()
+def test_blocks_changed_after_evolve(change, view):
+    """As the dense model at keep ratio 1, and as the changed model evolved at the same blocks at others."""
+    dense = build_kind()
+    x = images_for(dense)
+    pair = dense, evolve(dense, (0.5, 0.3), (1, 3))
+    pair[view].blocks = CHANGES[change](pair[view].blocks)
+    y = pair[1](x)
+    fresh = build_kind()
+    fresh.blocks = CHANGES[change](fresh.blocks)
+    stages = tuple(s for s in (1, 3) if s < len(fresh.blocks))
+    assert torch.equal(y, evolve(fresh, (0.5, 0.3)[:len(stages)], stages)(x))
+    if change != 'list':  # which timm's own forward does not take
+        pair[1].set_keep_ratio(1)
+        assert torch.equal(pair[1](x), dense(x))
+
+
+@torch.no_grad()
+def test_a_loop_over_the_blocks_is_the_dense_model():
+    dense = build_kind()
+    x = images_for(dense)
+    evolved = evolve(dense, 0.5)
+    y = evolved._pos_embed(evolved.patch_embed(x))
+    for block in evolved.blocks:
+        y = block(y)
+    assert torch.equal(evolved.norm(y), dense.forward_features(x))
+
+
+@torch.no_grad()
+def test_a_sequential_stem_loads_its_own_weights():
+    """Its keys, patch_embed.0 and so on, are like those of the authors' LeViT."""
+    class SequentialStem(nn.Sequential):
+        grid_size, num_patches, img_size, patch_size = (4, 4), 16, (32, 32), (8, 8)
+
+        def __init__(self, **kwargs):
+            super().__init__(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 24, 2, 2), nn.Flatten(2))
+
+        def forward(self, x):
+            return super().forward(x).transpose(1, 2)
+
+    dense = VisionTransformer(**helpers.TINY, depth=3, embed_layer=SequentialStem).eval()
+    evolved = evolve(dense, 0.5)
+    other = evolve(VisionTransformer(**helpers.TINY, depth=3, embed_layer=SequentialStem).eval(), 0.5)
+    other.load_state_dict(evolved.state_dict())
+    x = images()
+    assert torch.equal(other(x), evolved(x))
