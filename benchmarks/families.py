@@ -1,28 +1,34 @@
 #!/usr/bin/env python3
-"""Which of timm's architectures evolve, by family: every VisionTransformer, VisionTransformerDistilled and Eva.
+"""Which of timm's architectures evolve, by family: every VisionTransformer, VisionTransformerDistilled, Eva, NaFlexVit,
+and Beit and VisionTransformerRelPos, which do not.
 
     python benchmarks/families.py --output benchmarks/results/families.json
 
-Models are built without weights on the meta device. A model is counted as refused for the reason that `evolve` gives.
+Models are built without weights on the meta device. A model evolves if it runs forward with groups of patches in its
+last block. It is refused for the reason that `evolve` gives.
 """
 import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import harness
 import timm
 import torch
 from timm.models import model_entrypoint
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
 from timm_evovit import evolve
 
-CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva)
+CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva, NaFlexVit, Beit, VisionTransformerRelPos)
 FAMILIES = {  # the first whose pattern is found in the name of an architecture
+    'NaFlexViT': 'naflexvit', 'ViT with relative positions': 'relpos', 'BEiT, BEiT v2': '^beit(v2)?_',
     'DINOv3': 'dinov3', 'DINOv2': 'dinov2', 'DeiT III': 'deit3', 'DeiT': 'deit', 'EVA-02': 'eva02', 'EVA': 'eva',
     'Perception Encoder': '_pe_', 'Sapiens2': 'sapiens2', 'RoPE-ViT': 'rope', 'SigLIP': 'siglip', 'AIMv2': 'aimv2',
     'BEiT-3': 'beit3', 'CLIP': 'clip', 'FlexiViT': 'flexivit', 'ViT with a convolutional stem': r'_r\d*_|_r\d+|resnet',
@@ -34,15 +40,30 @@ class Architecture(NamedTuple):
     name: str
     family: str
     refused: Optional[str]  # why it does not evolve
-    by_attention: bool  # evolves with slow_tokens='attention' too
 
 
-def evolves(model: torch.nn.Module, **kwargs: str) -> Optional[str]:
-    """None, or why not."""
+@torch.inference_mode()
+def why_refused(model: torch.nn.Module) -> Optional[str]:
+    """Why a model on the meta device does not evolve, None if it does.
+
+    Raises:
+        RuntimeError: It evolves, but its last block runs on all patches.
+    """
     try:
-        evolve(model, **kwargs)
+        evolved = evolve(model.eval())
     except (TypeError, ValueError) as e:
         return str(e)
+    lengths: List[int] = []
+
+    def note_length(module: torch.nn.Module, args: Any) -> None:
+        lengths.append(args[0].shape[1])
+
+    for block in (evolved.blocks[0], evolved.blocks[-1]):
+        block.register_forward_pre_hook(note_length)
+    evolved(torch.empty(1, *harness.input_size(model), device='meta'))
+    first, last = lengths
+    if last >= first:
+        raise RuntimeError(f'{type(model).__name__}: the last block runs on {last} tokens, the first on {first}.')
     return None
 
 
@@ -56,8 +77,7 @@ def walk() -> List[Architecture]:
         model = timm.create_model(name, device='meta')
         if type(model) in CLASSES:
             family = next(f for f, pattern in FAMILIES.items() if re.search(pattern, name))
-            found.append(Architecture(
-                name, family, evolves(model), evolves(model, slow_tokens='attention') is None))
+            found.append(Architecture(name, family, why_refused(model)))
     return found
 
 
@@ -72,10 +92,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     for family, members in sorted(families.items()):
         row = dict(
             model=family, architectures=len(members), evolve=sum(m.refused is None for m in members),
-            by_attention=sum(m.by_attention for m in members), such_as=members[0].name,
-            refused={m.name: m.refused for m in members if m.refused})
+            such_as=members[0].name, refused={m.name: m.refused for m in members if m.refused})
         report.add(row)
-        print('{model}: {evolve} of {architectures} evolve, {by_attention} also by class attention'.format(**row))
+        print('{model}: {evolve} of {architectures} evolve'.format(**row))
 
 
 if __name__ == '__main__':

@@ -40,7 +40,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from timm_evovit import evolution
+from timm_evovit import attention, similarity
 
 DEIT_S = ('deit_small_patch16_224', 'evo_deit_small_patch16_224')
 DEIT_B_384 = ('deit_base_patch16_384', 'evo_deit_base_patch16_384')
@@ -51,10 +51,10 @@ LEVITS = [(f'levit_{width}', f'evo_levit_{width}') for width in ('128s', '128', 
 MODEL_KWARGS = {'evo_vit': {'base': EVOLVED[0]}}
 DENSE_KWARGS = {DEIT_S[0]: {'global_pool': 'avg'}}  # the dense model that an evolving one at keep ratio 1 equals
 PARTS = {  # of a forward pass, and the functions that do them
-    'class attention': [(evolution, 'class_attention'), (evolution, 'update_global_attn')],
-    'selection': [(evolution, 'split_tokens')],
-    'grouping': [(evolution, 'group_tokens')],
-    'restoration': [(evolution, 'merge_tokens'), (evolution.Stages, 'merge_attn')],
+    'class attention': [(attention, 'class_attention'), (attention.EvolutionState, 'track')],
+    'selection': [(attention, 'split_tokens')],
+    'grouping': [(similarity, 'group_tokens')],
+    'restoration': [(attention, 'merge_tokens'), (attention, 'merge_attn'), (similarity, 'restore_tokens')],
 }
 TINY = {  # arguments that make the models small, by the start of their names
     'deit': dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3),

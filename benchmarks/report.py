@@ -36,7 +36,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 from PIL import Image
 
-from timm_evovit.tools import sweep_report
+from timm_evovit.tools import sweep
 
 matplotlib.use('Agg')
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ TOP1 = {  # ImageNet-1k in the papers of Evo-ViT, DeiT and LeViT; LeViT's of 100
     'levit_128s': 76.6, 'levit_128': 78.6, 'levit_192': 80.0, 'levit_256': 81.6, 'levit_384': 82.6,
 }
 FILES = {'top1': 'speed*', 'families_refused': 'families*', 'accuracy': 'accuracy/*', 'accuracy_speed': 'accuracy/*'}
-LABELS = {'similarity': 'evolve, by similarity', 'attention': "evolve, by class attention (paper's)"}
+LABELS = {'similarity': 'evolve, by similarity', 'attention': "Evo-DeiT, by class attention (paper's)"}
 Row = Dict[str, Any]
 
 
@@ -284,16 +284,19 @@ def finetuned_table(rows: List[Row]) -> str:
 
 
 def families_table(rows: List[Row]) -> str:
-    total = {key: sum(row[key] for row in rows) for key in ('architectures', 'evolve', 'by_attention')}
-    return markdown(['family', 'architectures', 'evolve', 'also by class attention', 'such as'], [[
-        r['model'], str(r['architectures']), str(r['evolve']), str(r['by_attention']),
-        f"`{r['such_as']}`" if 'such_as' in r else '']
+    total = {key: sum(row[key] for row in rows) for key in ('architectures', 'evolve')}
+    return markdown(['family', 'architectures', 'evolve', 'such as'], [[
+        r['model'], str(r['architectures']), str(r['evolve']), f"`{r['such_as']}`" if 'such_as' in r else '']
         for r in [*rows, {'model': 'all', **total}]])
 
 
 def refused_table(rows: List[Row]) -> str:
-    return markdown(['not', 'because'], [
-        [f'`{name}`', reason.rstrip('.')] for r in rows for name, reason in r['refused'].items()])
+    """One line per reason."""
+    names: Dict[str, List[str]] = {}
+    for r in rows:
+        for name, reason in r['refused'].items():
+            names.setdefault(reason.rstrip('.'), []).append(f'`{name}`')
+    return markdown(['not', 'because'], [[', '.join(found), reason] for reason, found in names.items()])
 
 
 def sweep_contents(rows: List[Row]) -> Dict[str, Any]:
@@ -304,12 +307,12 @@ def sweep_contents(rows: List[Row]) -> Dict[str, Any]:
 def sweep_table(rows: List[Row]) -> str:
     """What `timm-evovit sweep` has printed."""
     report = sweep_contents(rows)
-    return f"```text\n{sweep_report.table(report['rows'])}\n\n{sweep_report.describe(report)}\n```"
+    return f"```text\n{sweep.table(report['rows'])}\n\n{sweep.describe(report)}\n```"
 
 
 def sweep_plot(rows: List[Row]) -> plt.Figure:
     """Top-1 of each keep ratio against images per second."""
-    return sweep_report.plot(sweep_contents(rows))
+    return sweep.plot(sweep_contents(rows))
 
 
 def speed_plot(rows: List[Row]) -> plt.Figure:

@@ -37,14 +37,26 @@ from timm_evovit import evolve
 
 def methods(dense: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
     """Models by method and setting."""
-    models = {f'{how} {ratio}': evolve(dense, ratio, slow_tokens=how)
-              for how, ratios in (('similarity', args.similarity), ('attention', args.attention)) for ratio in ratios}
+    models = {f'similarity {ratio}': evolve(dense, ratio) for ratio in args.similarity}
+    models.update({f'attention {ratio}': evo_deit(dense, ratio) for ratio in args.attention})
     for name, create, checkout, settings in (
             ('ToMe', tome, args.tome, args.merged), ('PiToMe', pitome, args.pitome, args.left),
             ('EViT', evit, args.evit, args.kept)):
         if checkout:
             models.update({f'{name} {setting}': create(dense, setting, checkout).eval() for setting in settings})
     return models
+
+
+def evo_deit(dense: nn.Module, keep_ratio: float) -> nn.Module:
+    """The paper's Evo-DeiT with its representative token and the weights of a DeiT."""
+    model = timm.create_model(
+        'evo_deit_tiny_patch16_224', img_size=dense.patch_embed.img_size, patch_size=dense.patch_embed.patch_size,
+        in_chans=dense.in_chans, num_classes=dense.num_classes, global_pool=dense.global_pool,
+        embed_dim=dense.embed_dim, depth=len(dense.blocks), num_heads=dense.blocks[0].attn.num_heads,
+        drop_path_rate=getattr(dense.blocks[-1].drop_path1, 'drop_prob', 0.),
+        slow_tokens='attention', keep_ratio=keep_ratio, representative_token=True, assisted_cls=False)
+    model.load_state_dict(dense.state_dict())
+    return model.eval()
 
 
 def tome(dense: nn.Module, merged: float, checkout: Path) -> nn.Module:
@@ -200,7 +212,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--work-dir', type=Path, default=Path('output/accuracy'), help='that of accuracy.py')
     parser.add_argument('--limit', type=int, default=0, help='take so many pictures only')
     parser.add_argument('--similarity', type=float, nargs='*', default=[0.7, 0.6, 0.5, 0.4], help='keep ratios')
-    parser.add_argument('--attention', type=float, nargs='*', default=[0.7, 0.5, 0.3], help='keep ratios')
+    parser.add_argument(
+        '--attention', type=float, nargs='*', default=[0.7, 0.5, 0.3],
+        help='keep ratios of an Evo-DeiT with the same weights, which selects by class attention')
     parser.add_argument('--tome', type=Path, metavar='CHECKOUT', help='of ToMe')
     parser.add_argument(
         '--merged', type=float, nargs='*', default=[0.5, 0.625, 0.75, 0.875, 1.],

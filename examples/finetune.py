@@ -28,7 +28,7 @@ parser.add_argument('--model', default='evo_deit_small', help='evo_* model, or V
 parser.add_argument('--pretrained', action='store_true', help="start from the model's pretrained weights")
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='further arguments of the model')
 parser.add_argument('--img-size', type=int, help="the model's own by default")
-parser.add_argument('--keep-ratio', type=float, default=0.5, help='ratio of informative patches')
+parser.add_argument('--keep-ratio', type=float, default=0.5, help='ratio of slow tokens to patches')
 parser.add_argument('--epochs', type=int, default=30)
 parser.add_argument('--batch-size', type=int, default=64)
 parser.add_argument('--lr', type=float, default=5e-5)
