@@ -258,13 +258,17 @@ class OwnTransformer(VisionTransformer):
         return self.forward_features(x)[:, 0]
 
 
+def build_with_plain(cls):
+    """A model of a subclass, a plain VisionTransformer of the same weights, and images."""
+    torch.manual_seed(0)
+    dense, plain = helpers.randomize(cls(**helpers.TINY, depth=6)).eval(), build_kind()
+    plain.load_state_dict(dense.state_dict())
+    return dense, plain, images_for(dense)
+
+
 @torch.no_grad()
 def test_a_subclass_keeps_its_methods():
-    torch.manual_seed(0)
-    dense = helpers.randomize(OwnTransformer(**helpers.TINY, depth=6)).eval()
-    plain = build_kind()
-    plain.load_state_dict(dense.state_dict())
-    x = images_for(dense)
+    dense, plain, x = build_with_plain(OwnTransformer)
     evolved = evolve(dense, 0.5)
     assert isinstance(evolved, OwnTransformer)
     assert torch.equal(evolved.embedding(x), 2 * evolve(plain, 0.5).forward_features(x)[:, 0])
@@ -304,11 +308,7 @@ class ByHelper(VisionTransformer):
 
 @torch.no_grad()
 def test_a_forward_of_ones_own_that_evolves():
-    torch.manual_seed(0)
-    dense = helpers.randomize(ByHelper(**helpers.TINY, depth=6)).eval()
-    plain = build_kind()
-    plain.load_state_dict(dense.state_dict())
-    x = images_for(dense)
+    dense, plain, x = build_with_plain(ByHelper)
     torch.testing.assert_close(evolve(dense, 0.5)(x), evolve(plain, 0.5)(x))
 
 

@@ -174,6 +174,18 @@ def test_fully_shard(kind, units, mesh):
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_a_sharded_model_evolves(mesh):
+    fsdp = pytest.importorskip('torch.distributed.fsdp')
+    if not hasattr(fsdp, 'fully_shard'):
+        pytest.skip('this PyTorch has no fully_shard')
+    dense = build('vit_tiny_patch16_224')
+    x = images_for(dense)
+    expected = evolve(build('vit_tiny_patch16_224'), 0.5)(x)
+    for part in (*dense.blocks, dense):
+        fsdp.fully_shard(part, mesh=mesh)
+    torch.testing.assert_close(evolve(dense, 0.5)(x), expected)
+
+
 def grid_of(tokens):
     """What the attribution libraries call a reshape transform."""
     patches = tokens[:, 1:]

@@ -82,6 +82,11 @@ class EvolvedEva(EvolvedVit, Eva):
         x, rope = self._pos_embed(self.patch_embed(x))
         return self.norm_pre(x), rope
 
+    def _norm_args(self) -> Dict[str, Any]:
+        fc_norm, norm = (not isinstance(m, nn.Identity) for m in (self.fc_norm, self.norm))
+        default = (fc_norm, norm) == (self.global_pool == 'avg', self.global_pool != 'avg')
+        return {} if default else dict(use_fc_norm=fc_norm, use_post_transformer_norm=norm)
+
 
 class EvolvedNaFlexVit(EvolvedVit, NaFlexVit):
     """What `evolve` makes of a NaFlexVit. Padding is never grouped with patches, and has no weight."""
@@ -152,7 +157,7 @@ def _names(code: Any) -> Set[str]:
 
 def _blank(dense_class: Any) -> Any:
     cls = evolved_class(dense_class)
-    return cls.__new__(cls)
+    return object.__new__(cls)  # the class of a sharded model has a __new__ of its own
 
 
 def check_can_evolve(model: nn.Module) -> None:

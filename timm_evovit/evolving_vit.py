@@ -3,6 +3,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.models._features import feature_take_indices
+from torch import nn
 
 from . import similarity
 from .base import EvolvingModel, check_stages, is_number
@@ -55,7 +56,12 @@ class EvolvingVit(EvolvingModel):
     def _current_args(self) -> Dict[str, Any]:
         return dict(
             img_size=self.patch_embed.img_size, patch_size=self.patch_embed.patch_size, in_chans=self.in_chans,
-            global_pool=self.global_pool)
+            global_pool=self.global_pool, **self._norm_args())
+
+    def _norm_args(self) -> Dict[str, Any]:
+        """Arguments that say where the norms are: reset_classifier changes the pooling and leaves them there."""
+        fc_norm = not isinstance(self.fc_norm, nn.Identity)
+        return {} if fc_norm == (self.global_pool in ('avg', 'avgmax', 'max')) else dict(fc_norm=fc_norm)
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> List[int]:
         take_indices = super().prune_intermediate_layers(*args, **kwargs)
@@ -101,7 +107,7 @@ class EvolvingVit(EvolvingModel):
 
         The others are `output_dict` and those of `forward_features`.
         """
-        kwargs.update(zip(self.intermediates_args, args))
+        kwargs.update(zip(self.intermediates_args, args, strict=len(args) > len(self.intermediates_args)))
         output_dict = kwargs.pop('output_dict', False)
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)

@@ -32,8 +32,7 @@ def default_stages(depth: int) -> List[int]:
 
 
 def falling_ratios(keep_ratio: float, starts: Sequence[int]) -> Tuple[float, ...]:
-    """Keep ratio of each stage, to three decimals: every block multiplies it by the same factor, and `keep_ratio` is
-    their geometric mean."""
+    """Keep ratios to three decimals, with `keep_ratio` as geometric mean: each block multiplies by the same factor."""
     depths = [start + 1 for start in starts]
     exponents = [len(depths) * depth / sum(depths) for depth in depths]
     return tuple(max(round(float(keep_ratio) ** exponent, 3), 0.001) for exponent in exponents)
@@ -239,15 +238,16 @@ def run_blocks(
         grad_checkpointing: Recompute each block in the backward pass.
         take_indices, selections: Blocks whose output is wanted, complete; receives the groups of each stage.
 
-    Returns:
-        Tokens (B, N, C) after the last block, in raster order, and those after each block of `take_indices`.
+    Returns tokens (B, N, C) after the last block, in raster order, and those after each block of `take_indices`.
 
     Raises:
         ValueError: The mask cannot follow the patches into their groups.
     """
     dense_args: Dict[str, Any] = {} if attn_mask is None else {'attn_mask': attn_mask}
     dense_args.update({'is_causal': True} if is_causal else {})
-    if dense_args and key_mask is None and any(ratio != (1, 1) for ratio in stages.values()):
+    if all(ratio == (1, 1) for ratio in stages.values()):
+        key_mask = None
+    elif dense_args and key_mask is None:
         if is_causal:
             raise ValueError('is_causal must be False where tokens are grouped, got True: groups have no order.')
         shape: Any = tuple(dense_args['attn_mask'].shape)

@@ -82,14 +82,9 @@ def convert(
         name: str, checkpoint: Optional[Union[str, Path]], output: Union[str, Path], use_ema: bool = False,
         model_kwargs: Optional[Dict[str, Any]] = None,
 ) -> str:
-    """Convert a checkpoint to model.safetensors, config.json and a model card, and report what was dropped.
+    """Convert a checkpoint of the authors or timm, by default the published one of the model `name`, to a new folder.
 
-    Args:
-        name: Name of an Evo-DeiT or Evo-LeViT in timm.
-        checkpoint: File of the authors' code or of timm's train.py, None to download the published one.
-        output: Folder to write, new or empty. It is removed after an error.
-        use_ema: Take the moving average of the weights.
-        model_kwargs: Arguments of the model, if they differ from the published ones.
+    It has model.safetensors, config.json and a model card, and is removed after an error. Returns what was dropped.
     """
     output = Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -21,10 +21,7 @@ from ..base import check
 
 
 class Pictures(Dataset):
-    """Pictures of a reader of timm in a random order that is always the same, so that any first part is a sample.
-
-    An item is a picture (C, H, W), its label or -1, and '' or why it is an empty one: timm would put another there.
-    """
+    """Pictures (C, H, W) of a reader of timm, labels or -1, and '' or why a picture is empty, in one random order."""
 
     def __init__(self, reader: Any, transform: Any, chans: int = 3, limit: Optional[int] = None) -> None:
         self.reader, self.transform, self.mode = reader, transform, 'L' if chans == 1 else 'RGB'
@@ -128,11 +125,7 @@ def choose(rows: Sequence[Dict[str, Any]], max_drop: float) -> Dict[str, Any]:
 def sweep(
         settings: Sequence[Setting], loader: Any, batch: Tensor, labels: bool, max_drop: float, rounds: int,
 ) -> Dict[str, Any]:
-    """Measure the speed of the settings on a batch (B, C, H, W), then their accuracy on all batches of `Pictures`.
-
-    The first setting is that of keep ratio 1. The result is that of the pictures before the end or an interruption:
-    rows of `summarize`, the chosen one, number of images and errors of those that are skipped.
-    """
+    """Measure speed on a batch, keep ratio 1 first, then accuracy on `Pictures`, until the end or an interruption."""
     time_in_turns(settings, batch, rounds)
     found, skipped, complete = [], [], False
     with suppress(KeyboardInterrupt):
