@@ -113,21 +113,36 @@ def evolve(
 Block = Callable[[int, torch.Tensor, List[List[int]]], Tuple[torch.Tensor, torch.Tensor]]
 
 
-def match(tokens: List[torch.Tensor], count: int) -> List[List[int]]:
-    """One round of bipartite matching; the positions in each group, its odd or single token first, in the order of these."""
-    units = [t / t.norm() for t in tokens]
-    evens, odds = range(0, len(tokens), 2), range(1, len(tokens), 2)
-    partner, likeness = {}, {}
-    for a in evens:
-        for b in odds:
-            cosine = (units[a] @ units[b]).item()
-            if a not in partner or cosine > likeness[a]:
-                partner[a], likeness[a] = b, cosine
-    joined = sorted(partner, key=lambda a: -likeness[a])[:len(tokens) - count]  # the earlier of equal ones first
+class Joined(NamedTuple):
+    groups: List[List[int]]  # positions in each group, first the one that others are joined to, in the order of these
+    means: List[torch.Tensor]  # of each group, made longer
+
+
+def match(
+        tokens: List[torch.Tensor], count: int, sizes: Sequence[int] = (), weight: torch.Tensor = None, width: int = 1,
+) -> Joined:
+    """One round of bipartite matching, with the sides of a checkerboard `width` fields wide."""
+    sizes = sizes or [1] * len(tokens)
+    units = [t if weight is None else t * weight for t in tokens]
+    units = [t / t.norm() for t in units]
+    colours = [(j // width + j % width) % 2 for j in range(len(tokens))]
+    partner, costs = {}, {}
+    for a in (j for j, colour in enumerate(colours) if not colour):
+        for b in (j for j, colour in enumerate(colours) if colour):
+            cost = (1 - (units[a] @ units[b]).item()) * sizes[a] * sizes[b] / (sizes[a] + sizes[b])
+            if a not in partner or cost < costs[a]:
+                partner[a], costs[a] = b, cost
+    joined = sorted(partner, key=lambda a: costs[a])[:len(tokens) - count]  # the earlier of equal ones first
     groups = {i: [i] for i in range(len(tokens)) if i not in joined}
     for a in joined:
         groups[partner[a]].append(a)
-    return [groups[i] for i in sorted(groups)]
+    groups = [groups[i] for i in sorted(groups)]
+    means = []
+    for group in groups:
+        total = sum(sizes[j] for j in group)
+        longer = sum(costs[j] for j in group[1:]) / total
+        means.append(sum(sizes[j] * tokens[j] for j in group) / total + longer * tokens[group[0]])
+    return Joined(groups, means)
 
 
 def evolve_by_similarity(
@@ -137,9 +152,12 @@ def evolve_by_similarity(
         num_prefix: int,
         stages: Sequence[int],
         keep_ratio: Sequence[float],
+        weights: Sequence[torch.Tensor],
+        width: int,
 ) -> Result:
     """As `evolve`, with slow tokens that like patches share. `kept` has the number of each patch's group.
 
+    `weights` are those of the channels for each block, `width` is that of the grid.
     `block(i, tokens, members)` gets the patches that each token behind the prefix stands for as well.
     """
     n = len(x) - num_prefix
@@ -165,11 +183,9 @@ def evolve_by_similarity(
                 tokens, members, levels = undo(tokens), [[j] for j in range(n)], []
             count = max(1, math.floor(n * Fraction(str(ratio))))
             while len(tokens) > count:
-                groups = match(tokens, max(count, len(tokens) // 2))
-                sizes = [[len(members[position]) for position in group] for group in groups]
-                means = [
-                    sum(size * tokens[position] for size, position in zip(s, group)) / sum(s)
-                    for s, group in zip(sizes, groups)]
+                groups, means = match(
+                    tokens, max(count, len(tokens) // 2), [len(own) for own in members], weights[i],
+                    1 if levels else width)
                 members = [sum((members[position] for position in group), []) for group in groups]
                 levels.append((tokens, groups, means))
                 tokens = means

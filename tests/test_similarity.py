@@ -4,7 +4,7 @@ import reference
 import torch
 from torch.nn import functional as F
 
-from timm_evovit.similarity import group_tokens, match_tokens, run_blocks
+from timm_evovit.similarity import checkerboard, group_tokens, match_tokens, run_blocks
 from timm_evovit.tokens import as_fraction
 
 
@@ -14,7 +14,7 @@ def groups(tokens, count, **kwargs):
 
 
 def reference_groups(tokens, count):
-    found = reference.match(list(tokens), count)
+    found = reference.match(list(tokens), count).groups
     return [next(i for i, group in enumerate(found) if j in group) for j in range(len(tokens))]
 
 
@@ -33,6 +33,34 @@ def test_tokens_that_are_like_no_other():
     """Of opposite tokens the least opposite ones are joined."""
     tokens = torch.tensor([[[1., 0.], [-0.5, 0.87], [0.6, -0.8], [-1., 0.]]])  # best -0.5 with the second, -0.6 the last
     assert groups(tokens, 3).tolist() == [[0, 0, 1, 2]]
+
+
+@pytest.mark.parametrize('height, width', [(1, 4), (3, 3), (3, 4), (4, 6), (2, 5)])
+def test_the_sides_of_the_matching_are_a_checkerboard(height, width):
+    """Each pair that two rows of the order make is of both colours."""
+    order = checkerboard(torch.arange(height * width), width)
+    colours = (order // width + order % width) % 2
+    assert sorted(order.tolist()) == list(range(height * width))
+    assert torch.equal(colours, torch.arange(height * width) % 2)
+
+
+def test_patches_are_joined_up_and_down():
+    """Rows of a grid of even width differ, columns do not: in raster order no two like patches could be joined."""
+    tokens = torch.eye(4)[torch.arange(16) % 4].unsqueeze(0)
+    mixed = []
+    for width in (4, None):
+        found = group_tokens(tokens, None, 0, 16, (1, 2), width=width)[0].slow_idx[0]
+        assert len(found.unique()) == 8
+        mixed.append(any(len({j % 4 for j in range(16) if found[j] == g}) > 1 for g in range(8)))
+    assert mixed == [False, True]
+
+
+def test_large_groups_are_joined_last():
+    """A token of eight patches is nearer, and is left alone."""
+    tokens = torch.tensor([[[1., 0.], [1., 0.05], [0., 1.], [0.1, 1.]]])
+    sizes = torch.tensor([[[8., 8., 1., 1.]]])
+    assert group_tokens(tokens, None, 0, 4, (3, 4))[0].slow_idx.tolist() == [[0, 0, 1, 2]]
+    assert group_tokens(tokens, sizes, 0, 4, (3, 4))[0].slow_idx.tolist() == [[0, 1, 2, 2]]
 
 
 def test_large_tokens_in_half_precision():
@@ -59,38 +87,39 @@ def test_pairs_of_bfloat16_tokens_are_those_of_float64(autocast):
     assert found.tolist() == [reference_groups(image, 40) for image in tokens.double()]
     length = tokens.norm(dim=-1, keepdim=True)
     scores = (tokens[:, ::2] / length[:, ::2]) @ (tokens[:, 1::2] / length[:, 1::2]).mT
-    _, partner = match_tokens(tokens, torch.tensor([[24]]))
-    assert (2 * scores.argmax(dim=2) + 1 == partner[:, ::2]).float().mean() < 0.9  # the test can fail
+    partner, _ = match_tokens(tokens.float(), torch.ones(2, 64))
+    assert (2 * scores.argmax(dim=2) + 1 == partner).float().mean() < 0.9  # the test can fail
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 9, 16])
 def test_groups_and_means_are_those_of_the_reference(n):
-    x = random_tokens(3, 2 + n, 8).double()
+    x, weight = random_tokens(3, 2 + n, 8).double(), random_tokens(8, seed=1).double()
     for count in range(max(1, n // 2), n + 1):
-        grouping, sizes = group_tokens(x, None, 2, n, (count, n))
+        grouping, sizes = group_tokens(x, None, 2, n, (count, n), channel_weight=weight)
         for image, slow, slow_idx, size in zip(x, grouping.slow, grouping.slow_idx, sizes[:, 0]):
-            members = [[0], [1]] + [[2 + j for j in group] for group in reference.match(list(image[2:]), count)]
+            groups, means = reference.match(list(image[2:]), count, weight=weight)
+            members = [[0], [1]] + [[2 + j for j in group] for group in groups]
             assert [sorted(group) for group in members] == [
                 (slow_idx == g).nonzero().flatten().tolist() for g in range(2 + count)]
-            torch.testing.assert_close(slow, torch.stack([image[group].mean(dim=0) for group in members]))
+            torch.testing.assert_close(slow, torch.stack([*image[:2], *means]))
             assert size.tolist() == [len(group) for group in members]
 
 
 def test_large_groups_in_bfloat16(monkeypatch):
     """A group of five hundred patches that differ little: its mean is not that of the last few."""
-    scatter_add, seen = torch.Tensor.scatter_add, []
+    baddbmm_, seen = torch.Tensor.baddbmm_, []
 
     def recorded(self, *args):  # on a CPU bfloat16 would do, on a GPU it would not
         seen.append(self.dtype)
-        return scatter_add(self, *args)
+        return baddbmm_(self, *args)
 
-    monkeypatch.setattr(torch.Tensor, 'scatter_add', recorded)
+    monkeypatch.setattr(torch.Tensor, 'baddbmm_', recorded)
     tokens = 1 + torch.arange(1000.).view(1, 1000, 1) / 1000
     tokens = F.pad(tokens, [0, 1])
     tokens[:, 3::2] = tokens[:, 3::2].flip(2)  # all even ones are like the first odd one, and like no other
     grouping, sizes = group_tokens(tokens.bfloat16(), None, 0, 1000, (1, 2))
     mean = torch.cat([tokens[:, ::2, :1], tokens[:, 1:2, :1]], dim=1).mean()
-    assert sizes[0, 0, 0] == 501 and seen == [torch.float32] * 2
+    assert sizes[0, 0, 0] == 501 and seen == [torch.float32]
     assert grouping.slow.dtype == torch.bfloat16 and abs(grouping.slow[0, 0, 0].item() - mean.item()) < 0.01
 
 

@@ -359,9 +359,9 @@ def test_what_cannot_evolve_is_refused(model, message):
     (dict(keep_ratio=float('nan')), ValueError, r'keep_ratio must be in \(0, 1\], got nan'),
     (dict(keep_ratio='0.5'), TypeError, r"keep_ratio must be a number in \(0, 1\] or one per evolution stage, got '0.5'"),
     (dict(keep_ratio=True), TypeError, 'got True'),
-    (dict(keep_ratio=(0.5, 0.5, 0.5)), ValueError, 'keep_ratio must be one number or 2'),
+    (dict(keep_ratio=(0.5, 0.5)), ValueError, 'keep_ratio must be one number or 3'),
     (dict(stages=(3, 3)), ValueError, r'ascending order, got \(3, 3\)'),
-    (dict(stages=(6,)), ValueError, r'1 \.\. 5 for a model of 6 blocks'),
+    (dict(stages=(6,)), ValueError, r'0 \.\. 5 for a model of 6 blocks'),
     (dict(stages='early'), TypeError, "got 'early'"),
     (dict(slow_tokens='attention'), TypeError, 'slow_tokens'),
 ])

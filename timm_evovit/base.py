@@ -41,12 +41,13 @@ def check_ratios(name: str, value: Any, count: int, per: str, zero: bool = False
     return tuple(float(v) for v in values)
 
 
-def check_stages(stages: Any, depth: int) -> Tuple[int, ...]:
-    """First blocks of the stages, ascending, given so or as one number."""
+def check_stages(stages: Any, depth: int, first: int) -> Tuple[int, ...]:
+    """First blocks of the stages, ascending from `first` on, given so or as one number."""
     starts: Any = (stages,) if is_number(stages) else stages
     listed = isinstance(starts, Sequence) and all(is_number(s, Integral) for s in starts)
     check(listed, 'stages', 'block indices such as (4, 8)', stages, TypeError)
-    check(all(0 < s < depth for s in starts), 'stages', f'in 1 .. {depth - 1} for a model of {depth} blocks', stages)
+    wanted = f'in {first} .. {depth - 1} for a model of {depth} blocks'
+    check(all(first <= s < depth for s in starts), 'stages', wanted, stages)
     check(all(a < b for a, b in zip(starts, starts[1:])), 'stages', 'in ascending order', stages)
     return tuple(map(int, starts))
 

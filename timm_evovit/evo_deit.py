@@ -53,7 +53,7 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         Args:
             keep_ratio: Ratio of slow tokens to patches in (0, 1], one for all evolution stages or one per stage. By
                 similarity as in `evolve`.
-            stages: First block of each stage, ascending. Default for 12 blocks: (4, 8), by similarity (1, 3, 6, 9).
+            stages: First block of each stage, ascending. Default: (4, 8) for 12 blocks, by similarity every second block.
             slow_tokens: Find slow tokens by class 'attention' (paper) or by 'similarity', where like patches share one.
                 `representative_token`, `tradeoff`, `selection` and `layer_to_stage_epochs` are of the former only.
             tradeoff: Weight in [0, 1] of a block's class attention in the global class attention, one for all blocks
@@ -81,7 +81,7 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         given = (representative_token, tradeoff, selection, layer_to_stage_epochs)
         for value, (name, default) in zip(given, BY_ATTENTION_ONLY.items()) if self.by_similarity else ():
             check(value == default, name, "left out with slow_tokens='similarity'", value)
-        self._init_stages(keep_ratio, stages)
+        self._init_stages(keep_ratio, stages, first=0 if self.by_similarity else 1)
         # a key of the weights by which they tell how they were trained
         mark = torch.ones((), dtype=torch.int64, device=next(self.parameters()).device) if self.by_similarity else None
         self.register_buffer(BY_SIMILARITY, mark)

@@ -195,8 +195,8 @@ def evolve(
         model: Built VisionTransformer, Eva or NaFlexVit, or of a subclass, such as VisionTransformerDistilled, whose
             `forward_features` calls that of timm; or one of them in the wrapper that `features_only=True` makes.
         keep_ratio: Ratio of slow tokens to patches in (0, 1], one per stage. One number is the geometric mean of a
-            series, to three decimals, that falls by the same factor from block to block.
-        stages: First block of each stage, ascending. Default: four, (1, 3, 6, 9) for 12 blocks.
+            series, to three decimals, that falls from stage to stage.
+        stages: First block of each stage, ascending. Default: every second block, from the first one on.
 
     Raises:
         TypeError: The model or its blocks cannot evolve, or an argument is of the wrong kind.

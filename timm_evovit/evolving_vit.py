@@ -28,10 +28,12 @@ class EvolvingVit(EvolvingModel):
     stage_fractions: Dict[int, Tuple[int, int]]  # keep ratio of each stage by its first block
     intermediates_args: Tuple[str, ...] = ('output_dict', 'attn_mask', 'is_causal')  # the 8th and later ones, in timm
 
-    def _init_stages(self, keep_ratio: Union[float, Sequence[float]], stages: Optional[Sequence[int]]) -> None:
-        """Check and keep the arguments."""
+    def _init_stages(
+            self, keep_ratio: Union[float, Sequence[float]], stages: Optional[Sequence[int]], first: int = 0) -> None:
+        """Check and keep the arguments. Stages start at block `first` at the earliest."""
         depth = len(self.feature_info)  # as built; features_only may have pruned blocks since
-        self.built_stages = check_stages(self._default_stages(depth) if stages is None else stages, depth)
+        self.built_stages = check_stages(
+            self._default_stages(depth) if stages is None else stages, depth, first)
         self.stage_starts = self.built_stages
         self.keep_ratio = self._stage_ratios(keep_ratio, len(self.stage_starts))
 
@@ -86,8 +88,9 @@ class EvolvingVit(EvolvingModel):
 
     def _run(self, x: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Tuple[Any, List[torch.Tensor], Any]:
         """Input to tokens (B, N, C), those after each block of `take_indices`, and the patches that are no padding."""
+        grid_size = self._grid_size(x) if hasattr(self.patch_embed, 'dynamic_feat_size') else None
         x, rope = self._embed(x)
-        return *self._run_blocks(x, rope, num_blocks, **kwargs), None
+        return *self._run_blocks(x, rope, num_blocks, grid_size=grid_size, **kwargs), None
 
     def forward_features(
             self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False) -> Any:
