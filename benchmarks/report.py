@@ -215,18 +215,22 @@ def models_table(rows: List[Row]) -> str:
 
 def without_training_table(rows: List[Row]) -> str:
     """Accuracy of trained models at the share of multiply-adds that a method leaves, and speed of another."""
-    timed = {r['method']: r for r in rows if 'speed_up' in r}
+    def speed(method: str, small: bool) -> str:
+        found = [r for r in rows if 'speed_up' in r and r['method'] == method and r['model'].startswith('dense') == small]
+        return ', '.join(
+            f"**{r['speed_up']:.2f}** ({r['speed_up_min']:.2f} - {r['speed_up_max']:.2f}) of {1 / r['share']:.2f}"
+            for r in found)
+
     lines = []
-    for method in dict.fromkeys(r['method'] for r in rows if 'top1' in r and r['method'] != 'dense'):
+    for method in dict.fromkeys(r['method'] for r in rows if r['method'] != 'dense'):
         of = [r for r in rows if r['method'] == method and 'top1' in r]
-        speed = timed.get(method)
         lines.append([
-            method, f"{of[0]['share']:.3f}",
+            method, f"{of[0]['share']:.3f}" if of else '',
             ', '.join(f"{r['lost']:.2f} ± {r['lost_error']:.2f}" for r in of),
-            f"**{speed['speed_up']:.2f}** ({speed['speed_up_min']:.2f} - {speed['speed_up_max']:.2f}) of "
-            f"{1 / speed['share']:.2f}" if speed else ''])
+            ', '.join(f"{r['kl']:.1f} ± {r['kl_error']:.1f}" for r in of), speed(method, True), speed(method, False)])
     models = ', '.join(f"{r['top1']:.2f} %" for r in rows if r['method'] == 'dense' and 'top1' in r)
-    header = ['method', 'share of multiply-adds', f'points lost, of {models}', 'speed-up of DeiT-S, of at most']
+    header = ['method', 'share of multiply-adds', f'points lost, of {models}', 'divergence, thousandths',
+              'speed-up of the first of these models, of at most', 'speed-up of DeiT-S, of at most']
     return markdown(header, lines) + '\n\n' + made_with(rows)
 
 
@@ -268,6 +272,18 @@ def kernels_table(rows: List[Row]) -> str:
     v = rows[0]['of']['versions']
     return markdown(['model', 'batch', *kinds], lines) + (
         f"\n\nDense model / this one, bfloat16, lowered for an H100, not run; torch {v['torch']}, timm {v['timm']}.")
+
+
+def photographs_table(rows: List[Row]) -> str:
+    """Errors of features over ToMe's, ratio of the means and geometric mean over the pictures."""
+    def cell(row: Row, name: str) -> str:
+        error = 100 * row[f'{name}, geometric error']
+        return f"{row[f'{name}, of ToMe']:.2f}, {row[f'{name}, geometric']:.2f} ± {error:.0f} %"
+
+    header = ['method', 'share of multiply-adds', 'class token', 'patches', 'average of the patches', 'saliency map']
+    return markdown(header, [
+        [r['method'], f"{r['share']:.3f}", *(cell(r, name) for name in ('class token', 'patches', 'average')),
+         f"{r['saliency']:.3f}"] for r in rows]) + '\n\n' + made_with(rows)
 
 
 def finetuned_table(rows: List[Row]) -> str:
@@ -364,7 +380,7 @@ def top1_plot(rows: List[Row]) -> plt.Figure:
 
 def without_training_plot(rows: List[Row]) -> plt.Figure:
     """Points of top-1 that trained models lose against measured speed-up, by method."""
-    timed = {r['method']: r['speed_up'] for r in rows if 'speed_up' in r}
+    timed = {r['method']: r['speed_up'] for r in rows if 'speed_up' in r and not r['model'].startswith('dense')}
     lost: Dict[str, Dict[str, List[Row]]] = {}
     for r in rows:
         name = r['method'].rpartition(' ')[0]
@@ -372,7 +388,8 @@ def without_training_plot(rows: List[Row]) -> plt.Figure:
             lost.setdefault(name, {}).setdefault(r['method'], []).append(r)
     figure, axis = plt.subplots(figsize=(7.2, 4.2), layout='constrained')
     axis.plot(1, 0, 'k*', ms=10, ls='', label='dense')
-    styles = [('o', '-'), ('s', '--'), ('^', '-.'), ('D', ':'), ('v', (0, (6, 1, 1, 1, 1, 1)))]
+    styles = [
+        ('o', '-'), ('s', '--'), ('^', '-.'), ('D', ':'), ('v', (0, (6, 1, 1, 1, 1, 1))), ('P', (0, (1, 3))), ('X', (0, (4, 4)))]
     for (name, settings), (marker, line) in zip(lost.items(), styles):
         points = [(
             timed[method], statistics.mean(r['lost'] for r in of),
@@ -394,7 +411,8 @@ def without_training_plot(rows: List[Row]) -> plt.Figure:
 TABLES: Dict[str, Callable[[List[Row]], str]] = {
     'speed': speed_table, 'dense_features': dense_features_table,
     'flops': flops_table, 'models': models_table, 'families': families_table, 'families_refused': refused_table,
-    'without_training': without_training_table, 'finetuned': finetuned_table, 'kernels': kernels_table,
+    'without_training': without_training_table, 'finetuned': finetuned_table, 'photographs': photographs_table,
+    'kernels': kernels_table,
     'newcomer': newcomer_table, 'sweep': sweep_table, 'accuracy': accuracy_table,
     'accuracy_speed': accuracy_speed_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {

@@ -4,15 +4,17 @@
     python benchmarks/accuracy.py train dense --seeds 0 1 2 --data-dir cifar10
     python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --rounds 0 \\
         --tome ToMe --pitome PiToMe --evit evit --output benchmarks/results/without_training.json
-    python benchmarks/without_training.py --tome ToMe --pitome PiToMe --evit evit \\
+    python benchmarks/without_training.py output/accuracy/dense-seed0-*.pt --time-only --tome ToMe --pitome PiToMe --evit evit \\
         --output benchmarks/results/without_training-speed.json
     python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --finetune 2 \\
         --similarity 0.6 --attention 0.5 --output benchmarks/results/finetuned.json
 
-Accuracy is that of dense models which accuracy.py has trained, on all validation pictures of --data-dir. Speed is
-measured on DeiT-S with random weights, all methods in turns: run it when the machine has nothing else to do, with the
-variables of speed.py that keep memory in the allocator. Methods are compared at their share of the dense model's
-multiply-adds. Checkouts are those of github.com/facebookresearch/ToMe, github.com/hchautran/PiToMe and
+Accuracy is that of dense models which accuracy.py has trained, on all validation pictures of --data-dir, and the
+Kullback-Leibler divergence of predictions from the dense model's. Speed is measured on DeiT-S with random weights and on
+the first checkpoint, all methods in turns: run it when the machine has nothing else to do, with the variables of
+speed.py that keep memory in the allocator. Methods are compared at their share of the dense model's multiply-adds. The
+authors of ToMe and PiToMe write attention out: `fused` is their method with the fused one that all others use. What a
+user would do instead is a dense model of fewer blocks, or the same one on smaller pictures. Checkouts are those of github.com/facebookresearch/ToMe, github.com/hchautran/PiToMe and
 github.com/youweiliang/evit.
 """
 import argparse
@@ -44,7 +46,41 @@ def methods(dense: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
             ('EViT', evit, args.evit, args.kept)):
         if checkout:
             models.update({f'{name} {setting}': create(dense, setting, checkout).eval() for setting in settings})
+    for name in [name for name in models if args.fused and name.startswith(('ToMe', 'PiToMe'))]:
+        models[name.replace(' ', ', fused ')] = fused(models[name])
+    models.update({f'smaller pictures {part}': smaller_pictures(dense, part) for part in args.pictures})
+    models.update({f'fewer blocks {part}': fewer_blocks(dense, part) for part in args.blocks})
     return models
+
+
+def fused(model: nn.Module) -> nn.Module:
+    """ToMe or PiToMe with scaled_dot_product_attention."""
+    def forward(self: nn.Module, x: torch.Tensor, size: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        mask = None if size is None else size.log()[:, None, None, :, 0]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(y.transpose(1, 2).flatten(2)), k.mean(1)
+
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        block.attn.forward = types.MethodType(forward, block.attn)
+    return model
+
+
+def smaller_pictures(dense: nn.Module, part: float) -> nn.Module:
+    """The dense model on pictures of this part of their side, with the position embedding resampled by timm."""
+    model, patch = copy.deepcopy(dense), dense.patch_embed.patch_size[0]
+    size = [patch * round(part * side) for side in dense.patch_embed.grid_size]
+    model.set_input_size(img_size=size)
+    model.register_forward_pre_hook(lambda module, args: nn.functional.interpolate(
+        args[0], size, mode='bicubic', antialias=True))
+    return model
+
+
+def fewer_blocks(dense: nn.Module, part: float) -> nn.Module:
+    model = copy.deepcopy(dense)
+    model.blocks = model.blocks[:round(part * len(model.blocks))]
+    return model
 
 
 def evo_deit(dense: nn.Module, keep_ratio: float) -> nn.Module:
@@ -120,7 +156,8 @@ def share(model: nn.Module, dense: nn.Module) -> float:
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
-    return torch.cat([model(accuracy.normalize(batch)).argmax(dim=1) for batch in images.split(batch_size)])
+    """Logarithms of the probabilities of the classes."""
+    return torch.cat([model(accuracy.normalize(batch)).log_softmax(1) for batch in images.split(batch_size)])
 
 
 def load(checkpoint: Path, args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any], argparse.Namespace]:
@@ -136,25 +173,28 @@ def load(checkpoint: Path, args: argparse.Namespace) -> Tuple[nn.Module, Dict[st
     return dense, report, settings
 
 
-def compare(correct: torch.Tensor, dense_correct: torch.Tensor) -> Dict[str, float]:
-    """Top-1 in percent, and the points lost to the dense model with the standard error of the paired difference."""
-    lost = 100 * (dense_correct.double() - correct.double())
-    return dict(
-        top1=100 * correct.double().mean().item(), lost=lost.mean().item(),
-        lost_error=lost.std().item() / len(lost) ** 0.5)
+def compare(found: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> Dict[str, float]:
+    """Top-1 in percent, the points lost to the dense model, and the divergence from its predictions in thousandths.
+
+    Of both the standard error of the mean over the pictures, which are paired.
+    """
+    correct, dense_correct = (100. * (p.argmax(dim=1) == labels) for p in (found, dense))
+    lost, divergence = dense_correct - correct, 1000 * (dense.exp() * (dense - found)).sum(dim=1)
+    return dict(top1=correct.mean().item(), lost=lost.mean().item(), lost_error=lost.std().item() / len(lost) ** 0.5,
+                kl=divergence.mean().item(), kl_error=divergence.std().item() / len(lost) ** 0.5)
 
 
 def measure_accuracy(checkpoint: Path, args: argparse.Namespace) -> List[Dict[str, Any]]:
     dense, report, settings = load(checkpoint, args)
     images, labels = accuracy.decode(settings.val_split, settings)
-    dense_correct = predict(dense, images) == labels
+    expected = predict(dense, images)
     rows = []
     for method, model in {'dense': dense, **methods(dense, args)}.items():
-        correct = dense_correct if model is dense else predict(model, images) == labels
+        found = expected if model is dense else predict(model, images)
         rows.append(dict(
             model=checkpoint.name.rpartition('-')[0], method=method, share=share(model, dense),
-            epochs=len(report['top1']), images=len(labels), **compare(correct, dense_correct)))
-        print('{model}, {method}: share {share:.3f}, {top1:.2f} %, {lost:.2f} +- {lost_error:.2f} lost'.format(
+            epochs=len(report['top1']), images=len(labels), **compare(found, expected, labels)))
+        print('{model}, {method}: share {share:.3f}, {top1:.2f} %, {lost:.2f} +- {lost_error:.2f} lost, KL {kl:.2f}'.format(
             **rows[-1]), flush=True)
     return rows
 
@@ -166,11 +206,11 @@ def finetune(checkpoint: Path, args: argparse.Namespace) -> Iterator[Dict[str, A
     vars(settings).update(epochs=args.finetune, lr=args.lr, warmup_epochs=0)
     train, (images, labels) = (accuracy.decode(split, settings) for split in (settings.train_split, settings.val_split))
     updates_per_epoch = len(train[1]) // settings.batch_size
-    dense_correct = None
+    expected = None
     for method in ['dense', *methods(dense, args)]:
         dense, *_ = load(checkpoint, args)  # evolve shares its parameters with the model that it returns
         model = {'dense': dense, **methods(dense, args)}[method]
-        before = 100 * (predict(model.eval(), images) == labels).double().mean().item()
+        before = 100 * (predict(model.eval(), images).argmax(dim=1) == labels).double().mean().item()
         trainer = accuracy.Trainer(model, updates_per_epoch, settings)
         torch.manual_seed(report['seed'])
         updates = 0
@@ -180,27 +220,26 @@ def finetune(checkpoint: Path, args: argparse.Namespace) -> Iterator[Dict[str, A
                 trainer.scheduler.step_update(updates)
                 trainer.step(accuracy.normalize(batch), target)
                 updates += 1
-        correct = predict(model.eval(), images) == labels
-        dense_correct = correct if dense_correct is None else dense_correct
+        found = predict(model.eval(), images)
+        expected = found if expected is None else expected
         row = dict(
             model=checkpoint.name.rpartition('-')[0], method=method, share=share(model, dense), before=before,
-            epochs=args.finetune, lr=args.lr, images=len(labels), **compare(correct, dense_correct))
+            epochs=args.finetune, lr=args.lr, images=len(labels), **compare(found, expected, labels))
         print('{model}, {method}: share {share:.3f}, {before:.2f} %, fine-tuned {top1:.2f} %'.format(**row), flush=True)
         yield row
 
 
-def measure_speed(args: argparse.Namespace) -> List[Dict[str, Any]]:
-    dense = timm.create_model(args.model).eval()
+def measure_speed(dense: nn.Module, name: str, batch_size: int, args: argparse.Namespace) -> List[Dict[str, Any]]:
     models = {'dense': dense, **methods(dense, args)}
-    images = torch.randn(args.batch_size, *harness.input_size(dense))
+    images = torch.randn(batch_size, dense.in_chans, *dense.patch_embed.img_size)
     with torch.inference_mode():
         steps = {name: lambda model=model: model(images) for name, model in models.items()}
         times = harness.time_in_turns(steps, args.rounds, warmup=1, seconds=0.)
     rows = []
-    for name, model in models.items():
+    for method, model in models.items():
         rows.append(dict(
-            model=args.model, method=name, share=share(model, dense), batch_size=args.batch_size,
-            **harness.summarize(times[name], times['dense'], args.batch_size)))
+            model=name, method=method, share=share(model, dense), batch_size=batch_size,
+            **harness.summarize(times[method], times['dense'], batch_size)))
         print('{model}, {method}: share {share:.3f}, speed-up {speed_up:.2f}'.format(**rows[-1]), flush=True)
     return rows
 
@@ -227,25 +266,33 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument(
         '--kept', type=float, nargs='*', default=[0.8, 0.7, 0.6, 0.5],
         help='parts of the patches that EViT keeps, three times')
+    parser.add_argument('--fused', action='store_true', help='ToMe and PiToMe with fused attention as well')
+    parser.add_argument(
+        '--pictures', type=float, nargs='*', default=[0.875, 0.75], help='parts of the side of smaller pictures')
+    parser.add_argument('--blocks', type=float, nargs='*', default=[0.75, 0.625], help='parts of the blocks')
     parser.add_argument(
         '--finetune', type=int, default=0, metavar='EPOCHS', help='train checkpoints by every method, time nothing')
     parser.add_argument('--lr', type=float, default=3e-4, help='of --finetune')
     parser.add_argument('--model', default='deit_small_patch16_224', help='model that is timed')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--rounds', type=int, default=7, help='rounds of timing, 0 for none')
+    parser.add_argument('--time-only', action='store_true', help='no accuracy')
     parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
     args = parser.parse_args(argv)
     if args.checkpoints and not args.data_dir:
         parser.error('--data-dir is needed to evaluate checkpoints')
     report = harness.Report('without_training', args.output, argv=sys.argv[1:] if argv is None else argv)
-    for checkpoint in args.checkpoints:
+    for checkpoint in args.checkpoints if not args.time_only else ():
         if args.finetune:
             for row in finetune(checkpoint, args):
                 report.add(row)
         else:
             report.add(*measure_accuracy(checkpoint, args))
     if args.rounds and not args.finetune:
-        report.add(*measure_speed(args))
+        report.add(*measure_speed(timm.create_model(args.model).eval(), args.model, args.batch_size, args))
+        for checkpoint in args.checkpoints[:1]:
+            name = checkpoint.name.rpartition('-')[0]
+            report.add(*measure_speed(load(checkpoint, args)[0], name, 4 * args.batch_size, args))
 
 
 if __name__ == '__main__':

