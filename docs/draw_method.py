@@ -104,7 +104,7 @@ def main():
     text(97.5, 9.3, 'nothing was dropped; the next\nstage may choose others')
     text(55, 3.6, 'Drawing, patches chosen by hand. Evo-DeiT leaves out the representative token by default, as its '
          "authors' code does: placeholders then wait unchanged.\n"
-         'By similarity, the default of evolve, step 1 puts similar patches into groups. Each group is one token, and '
+         'By similarity, as in evolve, step 1 puts similar patches into groups. Each group is one token, and '
          'its patches receive what the blocks added to it.', '#57606a', 8)
     figure.savefig(Path(__file__).with_name('method.png'), dpi=130, facecolor='white')
 
