@@ -54,7 +54,7 @@ PARTS = {  # of a forward pass, and the functions that do them
     'class attention': [(attention, 'class_attention'), (attention.EvolutionState, 'track')],
     'selection': [(attention, 'split_tokens')],
     'grouping': [(similarity, 'group_tokens')],
-    'restoration': [(attention, 'merge_tokens'), (attention, 'merge_attn'), (similarity, 'restore_tokens')],
+    'restoration': [(attention, 'merge_tokens'), (attention, 'merge_attn'), (similarity.TokenGroups, 'restore')],
 }
 TINY = {  # arguments that make the models small, by the start of their names
     'deit': dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3),

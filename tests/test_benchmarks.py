@@ -237,7 +237,8 @@ def test_kernels(tmp_path):
     assert [r['attention'] for r in (dense, evo, vit, evolved)] == [3] * 4  # one in each block
     assert dense['matmul'] == vit['matmul'] == 3 * 4 + 1 and dense['kernels'] == vit['kernels']
     assert evo['matmul'] == dense['matmul'] + 2  # class attention of the blocks in front of the last stage
-    assert evolved['matmul'] == vit['matmul'] + 1  # similarities
+    # of each of two stages: cosines, means, twice for the restoration
+    assert evolved['matmul'] == vit['matmul'] + 2 * 4
     for a, b in ((dense, evo), (vit, evolved), (levit, evo_levit)):
         assert a['kernels'] < b['kernels'] == sum(
             b[kind] for kind in ('matmul', 'attention', 'convolution', 'pointwise', 'reduction', 'other'))

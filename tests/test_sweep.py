@@ -127,17 +127,19 @@ def test_multiply_adds_by_hand(command, digits):
     ends = patches * dim * 3 * 8 * 8 + dim * 10
     assert result['rows'][0]['multiply_adds'] == ends + 6 * block(1 + patches)
     for row in result['rows'][1:]:
-        first, second = (round(row['keep_ratio'] ** (i / 3), 3) for i in (2, 4))  # of the stages from blocks 1 and 3
-        matching, left, last = 0, patches, 1.
-        counts = []
-        for ratio in (first, second):
+        depths = [(start + 1) ** 1.2 for start in (0, 2, 4)]
+        grouping, left, last = 0, patches, 1.
+        blocks = 0
+        for depth in depths:
+            ratio = round(row['keep_ratio'] ** (3 * depth / sum(depths)), 3)
             while last > ratio:  # each round halves the number of tokens at most
-                matching += math.ceil(left / 2) * (left // 2) * dim
-                left, last = max(int(ratio * patches), left // 2), last / 2
+                before, left, last = left, max(int(ratio * patches), left // 2), last / 2
+                joined = max(1, before - left)
+                grouping += math.ceil(before / 2) * (before // 2) * dim  # cosines
+                grouping += joined * dim * (2 * (1 + left) + 1 + before)  # means; both steps of the restoration
             last = ratio
-            counts.append(left)
-        blocks = block(1 + patches) + 2 * block(1 + counts[0]) + 3 * block(1 + counts[1])
-        assert row['multiply_adds'] == ends + blocks + matching
+            blocks += 2 * block(1 + left)
+        assert row['multiply_adds'] == ends + blocks + grouping
 
 
 @pytest.mark.parametrize('name, ratio, expected', [  # of benchmarks/results/models.json

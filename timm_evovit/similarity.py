@@ -52,8 +52,9 @@ def checkerboard(position: torch.Tensor, width: int) -> torch.Tensor:
 
     In every second row two neighbours change places, unless the rows of the raster alternate by themselves.
     """
-    whole = (position | 1) < position.shape[0]
-    return position ^ (position // width % 2 * (1 - width % 2) * whole)
+    whole = position // 2 * 2 + 1 < position.shape[0]
+    moves = position // width % 2 * (1 - width % 2) * whole
+    return position + moves * (1 - position % 2 * 2)
 
 
 @torch.fx.wrap
@@ -152,10 +153,12 @@ def group_tokens(
         patches = patches * channel_weight.detach().to(patches)
     partner, cost = match_tokens(patches, counts, valid)
 
-    if torch.jit.is_tracing():  # for the ONNX exporter that has no stable sort; that of ONNX is stable
-        cost, order = cost.sort(dim=1)
+    if torch.jit.is_scripting():
+        exporting = False
     else:
-        cost, order = cost.sort(dim=1, stable=True)
+        exporting = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    # exporters to ONNX know no stable sort, and that of ONNX is stable
+    cost, order = cost.sort(dim=1) if exporting else cost.sort(dim=1, stable=True)
     even, odd = place[2 * order], place[1::2].expand(B, n // 2)
     kept = torch.where(joins, N, even)
     if valid is not None:
