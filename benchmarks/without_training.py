@@ -4,17 +4,19 @@
     python benchmarks/accuracy.py train dense --seeds 0 1 2 --data-dir cifar10
     python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --rounds 0 \\
         --tome ToMe --pitome PiToMe --evit evit --output benchmarks/results/without_training.json
-    python benchmarks/without_training.py output/accuracy/dense-seed0-*.pt --time-only --tome ToMe --pitome PiToMe --evit evit \\
-        --output benchmarks/results/without_training-speed.json
+    python benchmarks/without_training.py output/accuracy/dense-seed0-*.pt --data-dir cifar10 --time-only --fused \\
+        --tome ToMe --pitome PiToMe --evit evit --output benchmarks/results/without_training-speed.json
     python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --finetune 2 \\
         --similarity 0.6 --attention 0.5 --output benchmarks/results/finetuned.json
 
 Accuracy is that of dense models which accuracy.py has trained, on all validation pictures of --data-dir, and the
-Kullback-Leibler divergence of predictions from the dense model's. Speed is measured on DeiT-S with random weights and on
-the first checkpoint, all methods in turns: run it when the machine has nothing else to do, with the variables of
+Kullback-Leibler divergence of predictions from the dense model's. Speed is measured on DeiT-S with random weights and
+on the first checkpoint, all methods in turns: run it when the machine has nothing else to do, with the variables of
 speed.py that keep memory in the allocator. Methods are compared at their share of the dense model's multiply-adds. The
 authors of ToMe and PiToMe write attention out: `fused` is their method with the fused one that all others use. What a
-user would do instead is a dense model of fewer blocks, or the same one on smaller pictures. Checkouts are those of github.com/facebookresearch/ToMe, github.com/hchautran/PiToMe and
+user would do instead is a dense model of fewer blocks, or the same one on smaller pictures.
+
+Checkouts are those of github.com/facebookresearch/ToMe, github.com/hchautran/PiToMe and
 github.com/youweiliang/evit.
 """
 import argparse
@@ -55,7 +57,7 @@ def methods(dense: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
 
 def fused(model: nn.Module) -> nn.Module:
     """ToMe or PiToMe with scaled_dot_product_attention."""
-    def forward(self: nn.Module, x: torch.Tensor, size: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(self: Any, x: torch.Tensor, size: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         mask = None if size is None else size.log()[:, None, None, :, 0]
         y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -194,8 +196,8 @@ def measure_accuracy(checkpoint: Path, args: argparse.Namespace) -> List[Dict[st
         rows.append(dict(
             model=checkpoint.name.rpartition('-')[0], method=method, share=share(model, dense),
             epochs=len(report['top1']), images=len(labels), **compare(found, expected, labels)))
-        print('{model}, {method}: share {share:.3f}, {top1:.2f} %, {lost:.2f} +- {lost_error:.2f} lost, KL {kl:.2f}'.format(
-            **rows[-1]), flush=True)
+        print('{model}, {method}: share {share:.3f}, {top1:.2f} %, {lost:.2f} +- {lost_error:.2f} lost, '
+              'divergence {kl:.2f}'.format(**rows[-1]), flush=True)
     return rows
 
 

@@ -15,7 +15,10 @@ from timm.models._features import FeatureGetterNet
 from timm.models.eva import Eva, EvaBlockPostNorm
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import (
-    DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock, ResPostBlock,
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
 )
 
 from timm_evovit import evolve, informative_tokens
