@@ -365,21 +365,23 @@ def test_report_writes_kernels(tmp_path, results):
 def test_report_of_models_without_training(tmp_path, results):
     """Accuracy and speed come from two files; the plot has the mean over the models and its standard error."""
     accuracy = harness.Report('without_training', results / 'without_training.json')
-    accuracy.add(
-        dict(model='dense-seed0', method='dense', share=1., top1=70., lost=0., lost_error=0.),
-        dict(model='dense-seed0', method='similarity 0.5', share=0.5, top1=69., lost=1., lost_error=0.3),
-        dict(model='dense-seed0', method='ToMe 0.5', share=0.7, top1=69., lost=1., lost_error=0.3),
-        dict(model='dense-seed1', method='dense', share=1., top1=72., lost=0., lost_error=0.),
-        dict(model='dense-seed1', method='similarity 0.5', share=0.5, top1=69., lost=3., lost_error=0.4))
+    accuracy.add(*(
+        dict(model=f'dense-seed{seed}', method=method, share=share, top1=top1, lost=lost, lost_error=error, kl=10 * lost,
+             kl_error=error)
+        for seed, method, share, top1, lost, error in (
+            (0, 'dense', 1., 70., 0., 0.), (0, 'similarity 0.5', 0.5, 69., 1., 0.3), (0, 'ToMe 0.5', 0.7, 69., 1., 0.3),
+            (1, 'dense', 1., 72., 0., 0.), (1, 'similarity 0.5', 0.5, 69., 3., 0.4))))
     timed = harness.Report('without_training', results / 'without_training-speed.json')
-    timed.add(*(dict(model='deit', method=method, share=0.4, speed_up=speed_up, speed_up_min=1.5, speed_up_max=2.5)
-                for method, speed_up in (('dense', 1.), ('similarity 0.5', 2.))))
+    timed.add(*(dict(model=model, method=method, share=0.4, speed_up=speed_up, speed_up_min=1.5, speed_up_max=2.5)
+                for model, method, speed_up in (
+                    ('deit', 'dense', 1.), ('deit', 'similarity 0.5', 2.), ('dense-seed0', 'similarity 0.5', 1.75))))
     page = tmp_path / 'page.md'
     page.write_text('<!-- table: without_training -->\n<!-- end -->\n<!-- plot: without_training x.png -->\n<!-- end -->\n')
     assert report.main([str(page), '--results', str(results)]) == 0
     lines = page.read_text().splitlines()
-    assert '| similarity 0.5 | 0.500 | 1.00 ± 0.30, 3.00 ± 0.40 | **2.00** (1.50 - 2.50) of 2.50 |' in lines
-    assert '| ToMe 0.5 | 0.700 | 1.00 ± 0.30 |  |' in lines  # not timed, so not in the plot
+    assert ('| similarity 0.5 | 0.500 | 1.00 ± 0.30, 3.00 ± 0.40 | 10.0 ± 0.3, 30.0 ± 0.4 | **1.75** (1.50 - 2.50) of 2.50 '
+            '| **2.00** (1.50 - 2.50) of 2.50 |') in lines
+    assert '| ToMe 0.5 | 0.700 | 1.00 ± 0.30 | 10.0 ± 0.3 |  |  |' in lines  # not timed, so not in the plot
     assert Image.open(tmp_path / 'x.png').width > 600
     figure = report.without_training_plot(accuracy.data['rows'] + timed.data['rows'])
     (series,) = figure.axes[0].containers
