@@ -124,20 +124,33 @@ def test_trained_models_evolve(programs, pictures, tmp_path, monkeypatch):
     (checkpoint,) = (tmp_path / 'work').glob('dense-seed0-*.pt')
     args = [
         str(checkpoint), '--data-dir', str(pictures), '--work-dir', str(tmp_path / 'work'), '--rounds', '0',
-        '--similarity', '1', '0.5', '--attention', '1']
+        '--similarity', '1', '0.5', '--attention', '1', '--pictures', '1', '--blocks', '1']
     for name, more in (('without', []), ('finetuned', ['--finetune', '2', '--lr', '0.1'])):
         without_training.main([*args, *more, '--output', str(tmp_path / name)])
         rows = json.loads((tmp_path / name).read_text())['rows']
-        assert [r['method'] for r in rows] == ['dense', 'similarity 1.0', 'similarity 0.5', 'attention 1.0']
-        assert [r['share'] for r in rows] == pytest.approx([1, 1, rows[2]['share'], 1], abs=0.01)
-        assert rows[2]['share'] < 0.8
-        assert [(r['lost'], r['lost_error']) for r in rows if r['method'] != 'similarity 0.5'] == [(0, 0)] * 3
+        assert [r['method'] for r in rows] == [
+            'dense', 'similarity 1.0', 'similarity 0.5', 'attention 1.0', 'smaller pictures 1.0', 'fewer blocks 1.0']
+        assert 0.4 < rows[2]['share'] < 0.8 and rows[2]['kl'] > 0
+        for row in rows[:2] + rows[3:]:
+            assert row['share'] == pytest.approx(1, abs=0.01)
+            assert row['lost'] == row['lost_error'] == 0 and row['kl'] == pytest.approx(0, abs=1e-3)
         assert all(r['images'] == 24 and r['top1'] == pytest.approx(rows[0]['top1'] - r['lost']) for r in rows)
     state = torch.load(checkpoint, weights_only=True)
     state['report']['finished'] = False
     torch.save(state, checkpoint)
     with pytest.raises(SystemExit, match='its training is not finished'):
         without_training.main(args)
+
+
+def test_divergence_and_points_lost(programs, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import without_training
+    dense = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.5, 0.3]]).log()
+    found = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.5, 0.3]]).log()
+    compared = without_training.compare(found, dense, torch.tensor([0, 1]))
+    assert (compared['top1'], compared['lost'], compared['lost_error']) == pytest.approx((50, 50, 50))
+    divergence = 1000 * (0.5 * math.log(2) - 0.25 * math.log(2))  # of the first picture; that of the second is 0
+    assert (compared['kl'], compared['kl_error']) == pytest.approx((divergence / 2, divergence / 2), rel=1e-5)
 
 
 def test_batches(programs):
