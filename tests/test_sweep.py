@@ -133,8 +133,8 @@ def test_multiply_adds_by_hand(command, digits):
         for depth in depths:
             ratio = round(row['keep_ratio'] ** (3 * depth / sum(depths)), 3)
             while last > ratio:  # each round halves the number of tokens at most
-                before, left, last = left, max(int(ratio * patches), left // 2), last / 2
-                joined = max(1, before - left)
+                before, left, last = left, max(1, int(ratio * patches), left // 2), last / 2
+                joined = min(max(2, before - left), math.ceil(before / 2))
                 grouping += math.ceil(before / 2) * (before // 2) * dim  # cosines
                 grouping += joined * dim * (2 * (1 + left) + 1 + before)  # means; both steps of the restoration
             last = ratio

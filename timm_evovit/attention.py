@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from .tokens import Selection, as_fraction, at_least_float32, num_kept, restore_tokens, take_tokens
+from .tokens import Selection, as_fraction, at_least_float32, num_kept, take_tokens
 
 
 class Schedule(NamedTuple):
@@ -133,9 +133,12 @@ def split_tokens(
 
 @torch.fx.wrap
 def merge_tokens(stage: Stage, slow: torch.Tensor) -> torch.Tensor:
-    """End a stage: slow tokens (B, P + M, C) to the complete sequence (B, N, C), in raster order."""
+    """End a stage: slow tokens (B, P + M, C) to the complete sequence (B, N, C), in raster order.
+
+    Each token receives what the blocks added to its slow token (paper section 'Slow-fast token updating').
+    """
     update = F.pad(slow - stage.slow, [0, 0, 0, 1])  # none for placeholders that wait
-    return restore_tokens(stage.x, update, stage.slow_idx)
+    return stage.x + take_tokens(update, stage.slow_idx)
 
 
 def merge_attn(stage: Stage, global_attn: torch.Tensor) -> torch.Tensor:

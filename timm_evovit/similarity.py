@@ -20,7 +20,7 @@ from timm.models import checkpoint
 from torch import nn
 from torch.nn import functional as F
 
-from .tokens import Selection, add_tokens, at_least_float32, larger, num_kept, take_tokens
+from .tokens import Selection, at_least_float32, larger, num_kept, take_tokens
 
 
 def default_stages(depth: int) -> List[int]:
@@ -57,6 +57,25 @@ def checkerboard(position: torch.Tensor, width: int) -> torch.Tensor:
     return position + moves * (1 - position % 2 * 2)
 
 
+def product(a: torch.Tensor, b: torch.Tensor, base: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """a @ b, (B, n, m) and (B, m, C), added to `base` (B, n, C) if there is one, with autocast off."""
+    # torch.export would guard the sizes of a @ b
+    if torch.jit.is_scripting():  # its autocast takes a constant device only
+        return a.bmm(b) if base is None else torch.baddbmm(base, a, b)
+    with torch.autocast('cpu' if a.is_meta else a.device.type, enabled=False):  # meta has none
+        return a.bmm(b) if base is None else torch.baddbmm(base, a, b)
+
+
+@torch.fx.wrap
+def add_tokens(x: torch.Tensor, token_idx: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """Add `update` (B, R, C) to tokens of x (B, N, C), by index (B, R). Indices may repeat, or be N for none.
+
+    A product is faster than scatter_add for few tokens.
+    """
+    adds = torch.arange(x.shape[1], device=x.device).unsqueeze(1) == token_idx.unsqueeze(1)
+    return product(adds.to(update.dtype), update, x.to(update.dtype))
+
+
 @torch.fx.wrap
 def match_tokens(
         tokens: torch.Tensor, sizes: torch.Tensor, valid: Optional[torch.Tensor] = None,
@@ -76,12 +95,7 @@ def match_tokens(
     B, n, _ = tokens.shape
     length = torch.linalg.vector_norm(tokens, dim=2, keepdim=True).clamp_min(1e-6)
     even, odd = tokens[:, ::2], tokens[:, 1::2].transpose(1, 2)
-    if torch.jit.is_scripting():  # its autocast takes a constant device only
-        cosine = even.bmm(odd)
-    else:
-        with torch.autocast('cpu' if tokens.is_meta else tokens.device.type, enabled=False):  # meta has none
-            cosine = even.bmm(odd)  # torch.export would guard the sizes of even @ odd
-    cosine = cosine / length[:, ::2] / length[:, 1::2].transpose(1, 2)
+    cosine = product(even, odd) / length[:, ::2] / length[:, 1::2].transpose(1, 2)
     parts = sizes.clamp_min(1).reciprocal().unsqueeze(2)
     cost = (1 - cosine) / (parts[:, ::2] + parts[:, 1::2].transpose(1, 2))
     if valid is not None:
@@ -139,7 +153,7 @@ def group_tokens(
     valid: Optional[torch.Tensor] = None
     if num_valid is None:
         num_groups = larger(num_kept(num_patches, keep_ratio), n // 2)
-        num_rows = larger(1, n - num_groups)  # a ratio may round to as many groups as before
+        num_rows = larger(2, n - num_groups)  # none may be joined, and torch.export would guard sizes of 0 and 1
         joins = (position[:(n + 1) // 2] < n - num_groups).unsqueeze(0)
     else:
         num_groups = 1 + larger(num_kept(num_patches, keep_ratio), (n + 1) // 2)
@@ -153,21 +167,19 @@ def group_tokens(
         patches = patches * channel_weight.detach().to(patches)
     partner, cost = match_tokens(patches, counts, valid)
 
-    if torch.jit.is_scripting():
-        cost, order = cost.sort(dim=1, stable=True)
-    elif torch.jit.is_tracing() or torch.compiler.is_compiling():  # that of ONNX is stable and is not named so
-        cost, order = cost.sort(dim=1)
+    if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        cost, order = cost.sort(dim=1)  # exporters to ONNX know no stable sort, and that of ONNX is stable
     else:
         cost, order = cost.sort(dim=1, stable=True)
     even, odd = place[2 * order], place[1::2].expand(B, n // 2)
     kept = torch.where(joins, N, even)
-    if valid is not None:
+    if valid is not None:  # there may be one group more than tokens, that of padding
         joins = joins & (cost < math.inf)
-        kept, odd = torch.where(valid[:, ::2].gather(1, order), kept, N), torch.where(valid[:, 1::2], odd, N)
+        kept = torch.where(valid[:, ::2].gather(1, order), kept, N)
+        odd = F.pad(torch.where(valid[:, 1::2], odd, N), [0, 1], value=float(N))
     joined_idx = torch.where(joins, even, N)[:, :num_rows]
     M = P + num_groups
-    none = position[N:].expand(B, 1)
-    member_idx = torch.cat([position[:P].expand(B, P), kept, odd, none], dim=1).sort(dim=1).values[:, :M]
+    member_idx = torch.cat([position[:P].expand(B, P), kept, odd], dim=1).sort(dim=1).values[:, :M]
     slow_idx = torch.full_like(position[:1], M - 1).repeat(B, N + 1).scatter(1, member_idx, position[:M].expand(B, M))
     other_idx = place[partner.gather(1, order[:, :num_rows])]
     target_idx = slow_idx.gather(1, other_idx)
@@ -181,10 +193,10 @@ def group_tokens(
     share = (part * sizes.gather(1, row)).unsqueeze(2)  # of a token in its mean
     # a mean is shorter than its tokens: by this part, to first order in their distance
     shorter = (part * cost[:, :num_rows].clamp_max(n)).unsqueeze(2)
-    joined, other = take_tokens(x, torch.cat([row, other_idx], dim=1)).to(dtype).chunk(2, dim=1)
-    difference = joined - other
+    other = take_tokens(x, other_idx).to(dtype)  # half precision would lose a part in a large group
+    difference = take_tokens(x, row) - other
     change = share * difference + shorter * other
-    slow = add_tokens(take_tokens(x, member_idx).to(dtype), target_idx, change).to(x.dtype)
+    slow = add_tokens(take_tokens(x, member_idx), target_idx, change).to(x.dtype)
     return Grouping(slow, slow_idx, member_idx, joined_idx, target_idx, difference, change), slow_weights
 
 
@@ -244,8 +256,8 @@ class TokenGroups:
         """Slow tokens (B, M, C), after any number of blocks, to the complete sequence (B, N, C) in raster order."""
         for _, slow_idx, _, joined_idx, target_idx, difference, change in reversed(self.groupings):
             # each token before + slow token after the blocks - slow token before, with what changes only
-            slow = add_tokens(x.to(change.dtype, copy=True), target_idx, -change)
-            x = add_tokens(take_tokens(slow, slow_idx), joined_idx, difference).to(x.dtype)
+            slow = take_tokens(add_tokens(x, target_idx, -change), slow_idx)
+            x = add_tokens(slow, joined_idx, difference).to(x.dtype)
         return x
 
     def attn_mask(self, x: torch.Tensor) -> torch.Tensor:

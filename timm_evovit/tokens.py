@@ -1,4 +1,4 @@
-"""What both ways of finding slow tokens share: how many there are, tokens by index, and restoration.
+"""What both ways of finding slow tokens share: how many there are, and tokens by index.
 
 Shapes use B images, N tokens of which P are prefix tokens (class token first), n = N - P patches, C channels.
 """
@@ -48,20 +48,3 @@ def take_tokens(x: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
     """Tokens (B, M, C) of x (B, N, C), by index (B, M): faster on a CPU than gather or x[i, j]."""
     rows = x.flatten(0, 1).index_select(0, flat_idx(token_idx, x.shape[1]))
     return rows.view(token_idx.shape[0], token_idx.shape[1], x.shape[2])
-
-
-def add_tokens(x: torch.Tensor, token_idx: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """Add `update` (B, R, C) to tokens of x (B, N, C), in place, by index (B, R). Indices may repeat, or be N for none.
-
-    A product is faster than scatter_add for few tokens, and adds in the same order on a GPU.
-    """
-    adds = (torch.arange(x.shape[1], device=x.device).unsqueeze(1) == token_idx.unsqueeze(1)).to(update.dtype)
-    return x.baddbmm_(adds, update)  # autocast leaves operations in place alone
-
-
-def restore_tokens(x: torch.Tensor, update: torch.Tensor, slow_idx: torch.Tensor) -> torch.Tensor:
-    """Give each token what the blocks added to its slow token (paper section 'Slow-fast token updating').
-
-    These are the tokens x (B, N, C) before the stage, `update` (B, M, C), and `slow_idx` (B, N).
-    """
-    return x + take_tokens(update, slow_idx)
