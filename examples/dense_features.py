@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Evo-ViT as the backbone of a segmentation network: feature maps at several depths, each of the complete grid.
 
-    python examples/dense_features.py
-    python examples/dense_features.py --model evo_levit_256 --out-indices 0 1 2
+    python examples/dense_features.py --out-indices 3 7 11
+    python examples/dense_features.py --model evo_levit_256
 
 Prints the feature maps, then trains the network for a few steps on random rectangles, a stand-in for real data.
 `benchmarks/dense_features.py` measures accuracy and speed of such a network.
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--model', default='evo_deit_tiny')
 parser.add_argument('--pretrained', action='store_true')
-parser.add_argument('--out-indices', type=int, nargs='+', default=[3, 7, 11], help='blocks, or stages of Evo-LeViT')
+parser.add_argument(
+    '--out-indices', type=int, nargs='+', help='blocks, or stages of Evo-LeViT (default: the last three)')
 parser.add_argument('--num-classes', type=int, default=2)
 parser.add_argument('--steps', type=int, default=20)
 parser.add_argument('--batch-size', type=int, default=8)
@@ -30,7 +31,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, name, pretrained, out_indices, num_classes):
         super().__init__()
-        self.backbone = timm.create_model(name, pretrained, features_only=True, out_indices=out_indices)
+        self.backbone = timm.create_model(name, pretrained, features_only=True, out_indices=out_indices or 3)
         channels = self.backbone.feature_info.channels()
         self.heads = nn.ModuleList(nn.Conv2d(c, num_classes, 3, padding=1) for c in channels)
 
@@ -52,10 +53,13 @@ def rectangles(batch_size, size, device):
 
 def main():
     args = parser.parse_args()
-    model = Segmenter(args.model, args.pretrained, args.out_indices, args.num_classes).to(args.device)
+    try:
+        model = Segmenter(args.model, args.pretrained, args.out_indices, args.num_classes).to(args.device)
+    except AssertionError as e:  # timm's, with the indices that there are
+        parser.error(f'--out-indices: {e}')
     size = model.backbone.pretrained_cfg['input_size'][-1]
     images, labels = rectangles(args.batch_size, size, args.device)
-    for index, features in zip(args.out_indices, model.backbone(images)):
+    for index, features in zip(model.backbone.feature_info.out_indices, model.backbone(images)):
         print(f'feature map {index}: {tuple(features.shape)}')
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)

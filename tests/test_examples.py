@@ -77,12 +77,16 @@ def test_export_onnx(tmp_path, name, kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, indices, shapes', [
-    ('evo_deit_tiny', [3, 11], ['(2, 192, 14, 14)'] * 2),
-    ('evo_levit_128s', [0, 2], ['(2, 128, 14, 14)', '(2, 384, 4, 4)']),
+@pytest.mark.parametrize('name, args, indices, shapes', [
+    ('evo_deit_tiny', ['--out-indices', 3, 11], [3, 11], ['(2, 192, 14, 14)'] * 2),
+    ('evo_levit_128s', [], [0, 1, 2], ['(2, 128, 14, 14)', '(2, 256, 7, 7)', '(2, 384, 4, 4)']),
 ])
-def test_dense_features(tmp_path, name, indices, shapes):
-    log = run(EXAMPLES / 'dense_features.py', '--model', name, '--out-indices', *indices, '--steps', 1, '--batch-size',
-              2, cwd=tmp_path)
-    assert [f'feature map {i}: {shape}' for i, shape in zip(indices, shapes)] == log.splitlines()[:2]
-    assert 'step 0: loss 0.' in log
+def test_dense_features(tmp_path, name, args, indices, shapes):
+    log = run(EXAMPLES / 'dense_features.py', '--model', name, *args, '--steps', 1, '--batch-size', 2, cwd=tmp_path)
+    assert [f'feature map {i}: {shape}' for i, shape in zip(indices, shapes)] == log.splitlines()[:-1]
+    assert 'step 0: loss 0.' in log.splitlines()[-1]
+
+
+def test_dense_features_of_stages_that_are_not_there(tmp_path):
+    log = run(EXAMPLES / 'dense_features.py', '--model', 'evo_levit_128s', '--out-indices', 3, cwd=tmp_path, fails=True)
+    assert '--out-indices: feature index 3 is out of range (0 to 2)' in log and 'Traceback' not in log
