@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -40,13 +41,21 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _visualize(args: argparse.Namespace) -> int:
-    paths = find_images(args.images, args.output)
+    found = {name: find_images(name, args.output) for name in args.images}
+    missing = [name for name, paths in found.items() if not paths]
+    for name in missing:
+        print(f'timm-evovit: {name} is skipped: no image found; files in the output folder {args.output} are left out',
+              file=sys.stderr)
+    paths = list(dict.fromkeys(chain.from_iterable(found.values())))
+    if not paths:
+        return 1
     model, _ = _create(args)
     if not hasattr(model, 'forward_selections'):
         model = evolve(model)
     if args.attention and (not isinstance(model, PaperModel) or getattr(model, 'by_similarity', False)):
-        raise ValueError('--attention draws class attention, by which Evo-LeViT and Evo-DeiT (--model evo_deit_small '
-                         '--model-kwargs slow_tokens=attention) select patches; this model groups them by similarity.')
+        raise ValueError(
+            f'--attention draws class attention; {args.model} groups patches by similarity: leave --attention out, or '
+            'take a model that selects patches by it, Evo-LeViT or Evo-DeiT with --model-kwargs slow_tokens=attention.')
 
     args.output.mkdir(parents=True, exist_ok=True)
     drawings, names = [], Counter(sheet=1)
@@ -61,8 +70,9 @@ def _visualize(args: argparse.Namespace) -> int:
     if drawings:
         sheet(drawings).save(args.output / 'sheet.png')
     drawn = names.total() - 1
-    print(f'{args.output}: {drawn} of {len(paths)} images drawn')
-    return int(drawn < len(paths))
+    wanted = len(paths) + len(missing)
+    print(f'{args.output}: {drawn} of {wanted} images drawn')
+    return int(drawn < wanted)
 
 
 def _find_pictures(args: argparse.Namespace, model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Draw which patches a model calls informative, or which share a slow token."""
+"""Draw the slow tokens that a model makes of pictures."""
 import glob
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
@@ -18,21 +18,15 @@ from ..informative import InformativeTokens, informative_tokens
 PANEL, GAP, LINE = 224, 8, 18  # pixels: smallest height of a panel, space between panels, height of a line of text
 
 
-def find_images(names: Iterable[str], output: Path) -> List[Path]:
+def find_images(name: str, output: Path) -> List[Path]:
     """Find images by file, folder (at any depth) or glob pattern, except in the folder `output` of the drawings."""
-    extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths: List[Path] = []
-    for name in names:
-        if Path(name).is_dir():
-            files = [path for path, _ in find_images_and_targets(name, extensions)[0]]
-        else:
-            files = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
-        found = [p for p in map(Path, files) if p.is_file() and output.resolve() not in (
-            p.parent.resolve(), p.resolve().parent)]
-        if not found:
-            raise FileNotFoundError(f'{name}: no image found; files in the output folder {output} are left out.')
-        paths += found
-    return list(dict.fromkeys(paths))
+    if Path(name).is_dir():
+        extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        files = [path for path, _ in find_images_and_targets(name, extensions)[0]]
+    else:
+        files = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
+    return [p for p in map(Path, files) if p.is_file() and output.resolve() not in (
+        p.parent.resolve(), p.resolve().parent)]
 
 
 def data_config(model: Any, args: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
@@ -45,40 +39,53 @@ def data_config(model: Any, args: Optional[Dict[str, Any]] = None) -> Dict[str, 
     return data
 
 
-def draw(pixels: torch.Tensor, tokens: Sequence[InformativeTokens], attention: bool, caption: str) -> Image.Image:
-    """Draw pixels (3, H, W) in [0, 1] and, for each stage of this one image, its informative patches or its groups.
+def tint(heat: torch.Tensor, grey: Any) -> torch.Tensor:
+    """Blue for 0, red for 0.5, yellow for 1, (3, H, W) of (1, H, W), as light or dark as the picture below."""
+    return 0.6 * grey + 0.4 * torch.cat([2 * heat, 2 * heat - 1, 1 - 2 * heat]).clamp(0.2, 1)
 
-    Other patches are faded, a group has its mean colour and a line around it. `attention` adds the class attention.
+
+def draw(pixels: torch.Tensor, tokens: Sequence[InformativeTokens], attention: bool, caption: str) -> Image.Image:
+    """Draw pixels (3, H, W) in [0, 1] and, for each stage of this one image, the tokens that its blocks run on.
+
+    Each has a line around it, and a group its mean colour. Patches that were not selected are blue. `attention` adds
+    the class attention, coloured by its rank: values differ too much, most of all after a stage.
     """
-    height, width = (round(n * max(PANEL / pixels.shape[1], 1)) for n in pixels.shape[1:])
+    scale = max(PANEL / min(pixels.shape[1:]), 1)
+    height, width = (round(n * scale) for n in pixels.shape[1:])
     enlarge = Resize((height, width), InterpolationMode.NEAREST_EXACT)
     pixels = enlarge(pixels)
-    panels = {'picture': pixels}
+    grey, white = pixels.mean(dim=0, keepdim=True), pixels.new_ones(3, GAP, width)
+    panels = [('picture', pixels, white, [''])]  # title, picture, scale and words below it
     for t in tokens:
-        informative = enlarge(t.mask)
-        if t.attention is not None:
-            panels[f'informative from block {t.block}'] = torch.where(informative, pixels, 0.2 * pixels + 0.5)
-        else:
-            group = enlarge(t.groups)[0]
+        group = enlarge(t.groups)[0]
+        if t.attention is None:
             sums = pixels.new_zeros(3, int(group.max()) + 1).index_add(1, group.flatten(), pixels.flatten(1))
-            means = (sums / group.flatten().bincount())[:, group]
-            lines = F.pad(group, [0, 1, 0, 1], value=-1)
-            edge = (lines[:-1, :-1] != lines[1:, :-1]) | (lines[:-1, :-1] != lines[:-1, 1:])
-            panels[f'groups from block {t.block}'] = torch.where(informative, pixels, means).masked_fill(edge, 1.)
-        if attention and t.attention is not None:
-            heat = enlarge(t.attention - t.attention.min())
-            heat /= heat.max().clamp_min(1e-12)
-            colours = torch.cat([(3 * heat - i).clamp(0, 1) for i in range(3)])  # black, red, yellow, white
-            panels[f'attention before block {t.block}'] = 0.25 * pixels + 0.75 * colours
+            others = (sums / group.flatten().bincount())[:, group]
+            count, words = f'{t.groups.unique().numel()} of {t.groups.numel()} tokens', 'a group: its mean colour'
+        else:
+            others = tint(torch.zeros_like(grey), grey)
+            count, words = f'{t.mask.sum()} of {t.mask.numel()} patches', 'blue: not selected'
+            if attention:
+                values, rank = t.attention.unique(return_inverse=True)
+                heat, bar = tint(enlarge(rank / max(len(values) - 1, 1)), grey), tint(white[:1].cumsum(2) / width, 0.5)
+                ticks = [f'{100 * values[i]:.3g} %' for i in (0, len(values) // 2, -1)]
+                panels.append((f'attention before block {t.block}, by rank', heat, bar, ticks))
+        lines = F.pad(group, [0, 1, 0, 1], value=-1)
+        edge = (lines[:-1, :-1] != lines[1:, :-1]) | (lines[:-1, :-1] != lines[:-1, 1:])
+        drawn = torch.where(enlarge(t.mask), pixels, others).masked_fill(edge, 1.)
+        panels.append((f'from block {t.block}: {count}', drawn, white, [words]))
 
     font = ImageFont.load_default(13)
-    strip = make_grid(list(panels.values()), nrow=len(panels), padding=GAP, pad_value=1.)
+    strip = make_grid([torch.cat([p, white[:, :2], s], dim=1) for _, p, s, _ in panels], len(panels), GAP, pad_value=1.)
     right = max(0, round(font.getlength(caption)) + 2 * GAP - strip.shape[-1])
-    out = to_pil_image(F.pad(strip, [0, right, LINE, LINE], value=1.))
+    out = to_pil_image(F.pad(strip, [0, right, LINE, 2 * LINE - GAP], value=1.))
     pen = ImageDraw.Draw(out)
-    for i, label in enumerate(panels):
-        pen.text((GAP + i * (width + GAP), GAP), label, fill='black', font=font)
-    pen.text((GAP, out.height - LINE - GAP // 2), caption, fill='black', font=font)
+    for i, (title, _, _, below) in enumerate(panels):
+        x = GAP + i * (width + GAP)
+        pen.text((x, GAP), title, fill='black', font=font)
+        for word, part, anchor in zip(below, (0., 0.5, 1.), ('ls', 'ms', 'rs')):
+            pen.text((x + part * width, out.height - LINE - GAP // 2), word, fill='black', font=font, anchor=anchor)
+    pen.text((GAP, out.height - LINE), caption, fill='black', font=font)
     return out
 
 
