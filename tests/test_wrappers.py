@@ -1,11 +1,10 @@
 """What holds for every kind of model, alone, under hooks, sharding, vmap and attribution."""
 import copy
-import math
 import warnings
 
 import pytest
 import torch
-from helpers import assert_same_weights, build, build_deit, build_levit, images_for
+from helpers import assert_same_weights, build, build_deit, build_levit, images, images_for
 from torch.nn import functional as F
 
 from timm_evovit import evolve, informative_tokens
@@ -186,20 +185,19 @@ def test_a_sharded_model_evolves(mesh):
     torch.testing.assert_close(evolve(dense, 0.5)(x), expected)
 
 
-def grid_of(tokens):
-    """What the attribution libraries call a reshape transform."""
-    patches = tokens[:, 1:]
-    side = math.isqrt(patches.shape[1])
-    return patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-
-
-def targets(model, kind):
-    """Modules that see the complete grid, the last ones of each model, as docs/seeing.md recommends."""
+def attributed(kind):
+    """A model, images, and the last modules that see the complete grid with its size, as docs/seeing.md recommends."""
     if kind == 'levit':
-        return [model.stages[0], model.stages[1]]
-    if kind == 'evolved':
-        return [model.blocks[model.stage_starts[0] - 1]]
-    return [model.blocks[start].grid for start in model.stage_starts]
+        model = build_levit()
+        return model, images_for(model, 2), [(stage, stage.grid_size) for stage in model.stages[:2]]
+    if kind == 'deit':
+        model = build_deit(dynamic_img_size=True)
+        layers = [model.blocks[start].grid for start in model.stage_starts]
+    else:
+        model = evolve(build('vit_tiny_patch16_224', dynamic_img_size=True), (0.7, 0.4), stages=(4, 8))
+        layers = [model.blocks[model.stage_starts[0] - 1]]
+    x = images(2, (32, 48))
+    return model, x, [(layer, model.patch_embed.dynamic_feat_size(x.shape[-2:])) for layer in layers]
 
 
 @pytest.mark.slow
@@ -207,25 +205,30 @@ def targets(model, kind):
 def test_grad_cam(kind):
     grad_cam = pytest.importorskip('pytorch_grad_cam', reason='pytorch_grad_cam is not installed')
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    model = MODELS[kind]()
-    x = images_for(model, 2)
-    for layer in targets(model, kind):
-        highest = 0
+    model, x, layers = attributed(kind)
+
+    def maps(layer, grid_size, label):
+        def grid_of(tokens):
+            return tokens[:, 1:].unflatten(1, grid_size).permute(0, 3, 1, 2)
+
         with grad_cam.GradCAM(model, [layer], reshape_transform=grid_of) as cam:
-            for label in range(10):  # negative evidence makes an empty map
-                maps = cam(input_tensor=x, targets=[ClassifierOutputTarget(label)] * 2)
-                assert maps.shape == (2, *x.shape[2:])
-                highest = max(highest, maps.max())
-        assert highest == pytest.approx(1, abs=1e-3)
+            return cam(input_tensor=x, targets=[ClassifierOutputTarget(label)] * 2)
+
+    for layer, grid_size in layers:
+        found = [maps(layer, grid_size, label) for label in range(10)]  # negative evidence makes an empty map
+        assert {m.shape for m in found} == {(2, *x.shape[2:])}
+        assert max(m.max() for m in found) == pytest.approx(1, abs=1e-3)
+    if kind == 'evolved':  # 24 patches in 16 groups, which are no grid of 4 x 4
+        with pytest.raises(RuntimeError, match='size of dim 1 .16.'):
+            maps(model.blocks[4], layers[0][1], 0)
 
 
 @pytest.mark.slow
 @all_models
 def test_captum(kind):
     captum = pytest.importorskip('captum.attr', reason='captum is not installed')
-    model = MODELS[kind]()
-    x = images_for(model, 2)
-    layers = [*targets(model, kind), blocks_of(model)[0], blocks_of(model)[-1].attn]
+    model, x, layers = attributed(kind)
+    layers = [*(layer for layer, _ in layers), blocks_of(model)[0], blocks_of(model)[-1].attn]
     for layer in layers:  # blocks in a stage too: an attribution over the tokens that they see
         activation = captum.LayerActivation(model, layer).attribute(x)
         found = captum.LayerGradCam(model, layer).attribute(x, target=1)
