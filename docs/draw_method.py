@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Draw docs/method.png: one evolution stage of Evo-ViT. The patches are chosen by hand, no model has looked at them.
+"""Draw docs/method.png and docs/class_attention.png: one stage by similarity, and one by class attention.
 
     python docs/draw_method.py
 
-The photograph is Chelsea by Stefan van der Walt, public domain (CC0), from scikit-image.
+Groups are of similar colour and place, and class attention is made up: no model has looked at the photograph. It is
+Chelsea by Stefan van der Walt, public domain (CC0), from scikit-image.
 """
 from pathlib import Path
 
@@ -11,102 +12,103 @@ import matplotlib
 
 matplotlib.use('Agg')
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.patches import FancyBboxPatch, Rectangle  # noqa: E402
+from matplotlib.patches import Rectangle  # noqa: E402
+from PIL import Image  # noqa: E402
 from skimage.data import chelsea  # noqa: E402
 from skimage.transform import resize  # noqa: E402
 
-GRID, PIXELS = 6, 32
-KEEP = 18  # half of 36 patches
-INK, SLOW, FAST, PALE = '#24292f', '#0969da', '#bc4c00', '#eceff2'
+from timm_evovit.similarity import TokenGroups  # noqa: E402
+
+GRID, PIXELS, CELL = 6, 32, 3.6  # patches on a side, pixels of one, its size in a drawing of 110 x 36
+INK, SLOW, FAST = '#24292f', '#0969da', '#bc4c00'
 
 
 def photo():
-    """Patches (36, 32, 32, 3) of the face, and a made-up class attention (36,)."""
+    """Patches (36, 32, 32, 3) of the face, their groups (36,), and a made-up class attention (36,)."""
     image = resize(chelsea()[0:300, 75:375], (GRID * PIXELS, GRID * PIXELS), anti_aliasing=True)
     patches = image.reshape(GRID, PIXELS, GRID, PIXELS, 3).swapaxes(1, 2).reshape(-1, PIXELS, PIXELS, 3)
-    y, x = np.mgrid[:GRID, :GRID] + 0.5
+    y, x = (np.mgrid[:GRID, :GRID] + 0.5).reshape(2, -1)
+    features = np.stack([*patches.mean(axis=(1, 2)).T, patches.std(axis=(1, 2, 3)), x, y], axis=1)
+    tokens = torch.from_numpy((features - features.mean(axis=0)) / features.std(axis=0))[None]
+    groups = TokenGroups(tokens, 0, grid_size=(GRID, GRID))
+    groups.join(groups.join(tokens, (1, 2), None), (5, 12), None)
     centres = ((2.0, 2.0), (4.6, 2.1), (3.5, 4.1), (1.6, 0.6))  # eyes, nose, ear
     attention = sum(np.exp(-((x - a) ** 2 + (y - b) ** 2) / 1.6) for a, b in centres)
-    return patches, attention.ravel()
+    return patches, groups.slow_idx[0].numpy(), attention
+
+
+def draw(name, titles, captions, patches, divided, groups, edges, tokens):
+    """Four parts: patches, divided ones, tokens before and after the blocks, updated patches.
+
+    `edges` are colours of what was updated, one per patch. A token is an image, and the colour of its edge.
+    """
+    figure = plt.figure(figsize=(11, 3.6), facecolor='white')
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, 110), ylim=(0, 36))
+    axis.axis('off')
+
+    def square(image, x, y, size, edge=None):
+        axis.imshow(image.clip(0, 1), extent=(x, x + size, y, y + size), zorder=2, interpolation='bilinear')
+        if edge:
+            axis.add_patch(Rectangle((x, y), size, size, fill=False, ec=edge, lw=2, zorder=4))
+
+    def grid(left, images, groups, edges=(None,) * GRID ** 2):
+        """With a white line between patches of different groups."""
+        for i, (image, edge) in enumerate(zip(images, edges)):
+            x, y = left + i % GRID * CELL, 29.6 - (i // GRID + 1) * CELL
+            square(image, x, y, CELL)
+            if edge:
+                square(image, x + 0.15, y + 0.15, CELL - 0.3, edge)
+            if i % GRID and groups[i] != groups[i - 1]:
+                axis.plot((x, x), (y, y + CELL), color='white', lw=2, zorder=3)
+            if i >= GRID and groups[i] != groups[i - GRID]:
+                axis.plot((x, x + CELL), (y + CELL, y + CELL), color='white', lw=2, zorder=3)
+
+    left = [1.5 + 28.4 * i for i in range(4)]
+    grid(left[0], patches, range(GRID ** 2))
+    grid(left[1], divided, groups)
+    grid(left[3], patches, range(GRID ** 2), edges)
+    step = 2 * GRID * CELL / len(tokens)  # in two rows
+    for i, (image, edge) in enumerate(tokens):
+        row, column = divmod(i, len(tokens) // 2)
+        for top, color in ((29.6, None), (13.4, edge)):
+            square(image, left[2] + (column + 0.05) * step, top - (row + 0.95) * step, 0.9 * step, color)
+    middle = left[2] + GRID * CELL / 2
+    box = dict(boxstyle='square,pad=0.7', fc='white', ec=INK, lw=2)
+    axis.text(middle, 19, 'unchanged blocks', ha='center', va='center', size=13, bbox=box)
+    arrows = [((x + GRID * CELL + 1, 18.8), (x + 27.6, 18.8)) for x in left[:3]]
+    for start, end in (*arrows, ((middle, 24.2), (middle, 21.3)), ((middle, 16.9), (middle, 14))):
+        axis.annotate('', end, start, arrowprops=dict(arrowstyle='-|>', color=INK, lw=2, mutation_scale=18))
+    for x, title, caption in zip(left, titles, captions):
+        axis.text(x + GRID * CELL / 2, 33, title, ha='center', va='center', size=14, weight='bold', color=INK)
+        axis.text(x + GRID * CELL / 2, 6.6, caption, ha='center', va='top', size=12, color=INK, linespacing=1.3)
+    path = Path(__file__).with_name(f'{name}.png')
+    figure.savefig(path, dpi=130)
+    Image.open(path).convert('RGB').quantize(256).save(path, optimize=True)
 
 
 def main():
-    figure = plt.figure(figsize=(11, 3.6), facecolor='white')
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(0, 110), ylim=(1, 37))
-    axis.axis('off')
+    patches, groups, attention = photo()
+    black, orange = np.full((1, 1, 3), 0.14), np.array([[matplotlib.colors.to_rgb(FAST)]])
+    flat = patches.mean(axis=(1, 2), keepdims=True) + 0 * patches
+    means = [flat[groups == g].mean(axis=0) for g in range(groups.max() + 1)]
+    draw(
+        'method', ('36 patches', '1  group similar ones', '2  run fewer tokens', '3  update all patches'),
+        ('a photograph', f'{len(means)} groups, one token\neach: the mean',
+         'one per group, and\nthe class token, black', 'each by what the blocks\nadded to its group'),
+        patches, [means[g] for g in groups], groups, [SLOW] * len(patches),
+        [(image, SLOW) for image in (black, *means)])
 
-    def patch(image, x, y, size, edge=None, fade=0.):
-        image = (1 - fade) * image + fade * np.array([0.93, 0.94, 0.95])
-        axis.imshow(image.clip(0, 1), extent=(x, x + size, y, y + size), zorder=2, interpolation='bilinear')
-        if edge:
-            axis.add_patch(Rectangle((x, y), size, size, fill=False, ec=edge, lw=1, zorder=3))
-
-    def grid(x, y, size, draw):
-        for i in range(GRID ** 2):
-            draw(i, x + i % GRID * size, y + (GRID - 1 - i // GRID) * size, 0.94 * size)
-
-    def arrow(start, end, color=INK, bend=0.):
-        axis.annotate('', end, start, zorder=4, arrowprops=dict(
-            arrowstyle='-|>', color=color, lw=1.6, mutation_scale=13, connectionstyle=f'arc3,rad={bend}'))
-
-    def text(x, y, words, color=INK, size=9.5, va='center', **kwargs):
-        axis.text(x, y, words, color=color, fontsize=size, ha='center', va=va, linespacing=1.35, **kwargs)
-
-    def box(x, y, width, height, color):
-        axis.add_patch(FancyBboxPatch(
-            (x, y), width, height, boxstyle='round,pad=0,rounding_size=0.8', fc='white', ec=color, lw=1.5, zorder=2))
-
-    patches, attention = photo()
-    order = np.argsort(-attention, kind='stable')
-    kept, rest = np.sort(order[:KEEP]), np.sort(order[KEEP:])
-
-    text(11.5, 34.6, 'all patches', weight='bold')
-    grid(2.5, 13.5, 3, lambda i, x, y, s: patch(patches[i], x, y, s))
-    text(11.5, 9.3, 'complete grid\nin raster order')
-    arrow((21.5, 22.5), (25.5, 22.5))
-
-    text(35.5, 34.6, '1  class attention selects', weight='bold')
-    grid(26.5, 13.5, 3, lambda i, x, y, s: patch(
-        patches[i], x, y, s, SLOW if i in kept else None, 0. if i in kept else 0.82))
-    text(35.5, 9.3, 'once per stage: informative patches\n(blue) and placeholders', size=9.5)
-
-    text(61.2, 34.6, '2  blocks run on fewer tokens', weight='bold')
-    arrow((45.5, 26.5), (50.5, 29.5), SLOW)
-    axis.add_patch(Rectangle((51, 29.4), 1.9, 1.9, fc=INK, zorder=2))
-    text(51.95, 27.8, 'class\ntoken', size=7, va='top')
-    for j, i in enumerate(kept[:5]):
-        patch(patches[i], 53.7 + 2.1 * j, 29.4, 1.9, SLOW)
-    text(65.4, 30.2, '...', SLOW, 12)
-    axis.add_patch(Rectangle((67, 29.4), 1.9, 1.9, fc=FAST, zorder=2))
-    text(67.95, 27.8, 'representative\ntoken', FAST, 7, va='top')
-    arrow((69.6, 30.35), (72.2, 30.35), SLOW)
-    box(72.6, 27.3, 7.6, 5.6, SLOW)
-    text(76.4, 30.1, 'unchanged\nblocks', SLOW, 8.5, zorder=3)
-    arrow((80.5, 30.35), (87.6, 26.6), SLOW)
-
-    arrow((45.5, 18.5), (50.5, 16.6), FAST)
-    for j, i in enumerate(rest[:5]):
-        patch(patches[i], 51 + 2.1 * j, 15.6, 1.9, FAST, 0.55)
-    text(62.7, 16.4, '...', FAST, 12)
-    arrow((64, 18), (67.6, 22.9), FAST, 0.15)
-    text(57.6, 20.6, 'weighted mean', FAST, 8)
-    box(68.2, 13.0, 15.2, 7, FAST)
-    text(75.8, 16.5, '+ what the blocks added\nto the representative\ntoken', FAST, 7.5, zorder=3)
-    arrow((76.4, 26.6), (76.4, 20.2), FAST)
-    arrow((64.3, 16.5), (67.9, 16.5), FAST)
-    arrow((83.8, 16.8), (87.6, 18.8), FAST)
-    text(63, 9.3, 'slow update of informative patches (blue),\nfast update of placeholders (orange)')
-
-    text(97.5, 34.6, '3  all patches again', weight='bold')
-    grid(88.5, 13.5, 3, lambda i, x, y, s: patch(patches[i], x, y, s, SLOW if i in kept else FAST))
-    text(97.5, 9.3, 'nothing was dropped; the next\nstage may choose others')
-    text(55, 3.6, 'Drawing, patches chosen by hand. Evo-DeiT leaves out the representative token by default, as its '
-         "authors' code does: placeholders then wait unchanged.\n"
-         'By similarity, as in evolve, step 1 puts similar patches into groups. Each group is one token, and '
-         'its patches receive what the blocks added to it.', '#57606a', 8)
-    figure.savefig(Path(__file__).with_name('method.png'), dpi=130, facecolor='white')
+    selected = attention >= np.median(attention)
+    draw(
+        'class_attention', ('36 patches', '1  select by attention', '2  run fewer tokens', '3  update all patches'),
+        ('a photograph', f'the {selected.sum()} that the class\ntoken attends to most',
+         'black: the class token\norange: mean of the rest', 'orange: by what the blocks\nadded to that mean'),
+        patches, [p if s else 0.2 * p + 0.75 for p, s in zip(patches, selected)], range(GRID ** 2),
+        [SLOW if s else FAST for s in selected],
+        [(image, SLOW) for image in (black, *patches[selected])] + [(orange, FAST)])
 
 
 if __name__ == '__main__':
