@@ -230,7 +230,7 @@ def without_training_table(rows: List[Row]) -> str:
             ', '.join(f"{r['kl']:.1f} ± {r['kl_error']:.1f}" for r in of), speed(method, True), speed(method, False)])
     models = ', '.join(f"{r['top1']:.2f} %" for r in rows if r['method'] == 'dense' and 'top1' in r)
     header = ['method', 'share of multiply-adds', f'points lost, of {models}', 'divergence, thousandths',
-              'speed-up of the first of these models, of at most', 'speed-up of DeiT-S, of at most']
+              'speed-up of the first of these models, of 1 / share', 'speed-up of DeiT-S, of 1 / share']
     return markdown(header, lines) + '\n\n' + made_with(rows)
 
 
