@@ -39,9 +39,8 @@ class WithGroups(torch.nn.Module):
         self.model = model
 
     def forward(self, images):
-        selections = [s for s, _ in self.model.forward_selections(images)]
-        return self.model(images), *[
-            s.group_idx if s.global_attn is None else s.group_idx < s.num_groups for s in selections]
+        selections = self.model.forward_selections(images)
+        return self.model(images), *[s.groups if s.attention is None else s.mask for s in selections]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import torch
 from helpers import build
 from PIL import Image
 
-from timm_evovit.informative import InformativeTokens
+from timm_evovit.tokens import InformativeTokens
 from timm_evovit.tools.cli import main
 from timm_evovit.tools.visualize import draw, find_images, sheet, visualize
 

@@ -68,7 +68,7 @@ class EvolvingModel(SavedArgs):
     """A model with slow-fast token evolution, to be inherited from before a model of timm.
 
     A model adds `_set_schedule`, which brings a new `keep_ratio` to where it is used, and `forward_selections`, which
-    returns the `Selection`s made in images (B, in_chans, H, W), each with the size of its grid.
+    returns the `InformativeTokens` of images (B, in_chans, H, W), stage by stage.
     """
     keep_ratio: Tuple[float, ...]
 

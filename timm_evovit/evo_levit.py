@@ -17,7 +17,7 @@ from .base import check, check_flag, is_number
 from .checkpoints import levit_checkpoint_filter_fn as checkpoint_filter_fn
 from .checkpoints import rename_levit
 from .hub import build_model, entry_point, evo_cfg, published_cfg, resolve_weights
-from .tokens import Selection
+from .tokens import InformativeTokens
 
 __all__ = ['EvoLevit']  # entry_point will add each model to this
 
@@ -311,14 +311,15 @@ class EvoLevit(training.PaperModel, levit.LevitDistilled):
                     intermediates.append(x[:, 1:].unflatten(1, stage.grid_size).permute(0, 3, 1, 2).contiguous())
         return intermediates if intermediates_only else (x, intermediates)
 
-    def forward_selections(self, x: torch.Tensor) -> List[Tuple[Selection, Tuple[int, int]]]:
+    def forward_selections(self, x: torch.Tensor) -> List[InformativeTokens]:
         """As the base class says. Blocks are counted through the stages, without downsampling attentions."""
-        found: List[Tuple[Selection, Tuple[int, int]]] = []
+        found: List[InformativeTokens] = []
         first = 0
         x, state = self._embed(x)
         for stage in self.stages:
+            state.selections = []
             x = stage(x, state)
-            found += [(s._replace(block=first + s.block), stage.grid_size) for s in state.selections[len(found):]]
+            found += [s._replace(block=first + s.block).on_grid(stage.grid_size) for s in state.selections]
             first += len(stage.blocks)
         return found
 

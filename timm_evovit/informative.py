@@ -1,19 +1,12 @@
 """Which patches a model gives slow tokens of their own, and which share one."""
-from typing import List, NamedTuple, Optional
+from typing import List
 
 import torch
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from .base import eval_mode
-
-
-class InformativeTokens(NamedTuple):
-    """One division of the patches among slow tokens, on the grid of patches."""
-    block: int  # the first block that runs on the slow tokens only
-    mask: torch.Tensor  # (B, H, W) bool, True where a patch is a slow token of its own
-    groups: torch.Tensor  # (B, H, W) number of the slow token that each patch belongs to
-    attention: Optional[torch.Tensor]  # (B, H, W) global class attention that decided, None by similarity
+from .tokens import InformativeTokens
 
 
 @torch.no_grad()
@@ -31,11 +24,5 @@ def informative_tokens(model: nn.Module, images: torch.Tensor) -> List[Informati
         model = model.model
     if not hasattr(model, 'forward_selections'):  # a compiled model has it too
         raise TypeError(f'model must evolve, as that of timm_evovit.evolve(model) does, got {type(model).__name__}.')
-    found = []
     with eval_mode(model):
-        for (block, group_idx, num_groups, attention), grid_size in model.forward_selections(images):
-            sizes = torch.zeros_like(group_idx).scatter_add(1, group_idx, torch.ones_like(group_idx))
-            mask = (group_idx < num_groups) & (sizes.gather(1, group_idx) == 1)
-            maps = (x if x is None else x.unflatten(1, grid_size) for x in (mask, group_idx, attention))
-            found.append(InformativeTokens(block, *maps))
-    return found
+        return model.forward_selections(images)

@@ -8,12 +8,16 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 
 
-class Selection(NamedTuple):
-    """One division of the patches among slow tokens."""
-    block: int  # the first block that runs on the slow tokens
-    group_idx: torch.Tensor  # (B, n) slow token of each patch
-    num_groups: int  # by class attention group num_groups is that of all placeholders
-    global_attn: Optional[torch.Tensor]  # (B, n) global class attention that selected them, None by similarity
+class InformativeTokens(NamedTuple):
+    """One division of the patches among slow tokens, on the grid of patches."""
+    block: int  # the first block that runs on the slow tokens only
+    mask: torch.Tensor  # (B, H, W) bool, True where a patch is a slow token of its own
+    groups: torch.Tensor  # (B, H, W) number of the slow token that each patch belongs to
+    attention: Optional[torch.Tensor]  # (B, H, W) global class attention that decided, None by similarity
+
+    def on_grid(self, grid_size: Tuple[int, int]) -> 'InformativeTokens':
+        """From patches in raster order, (B, n)."""
+        return InformativeTokens(self.block, *(x if x is None else x.unflatten(1, grid_size) for x in self[1:]))
 
 
 def as_fraction(ratio: float) -> Tuple[int, int]:

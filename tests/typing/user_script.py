@@ -60,6 +60,5 @@ levit.set_keep_ratio((0.7, 0.5, 0.5))
 criterion(levit(images), target).backward()
 levit_args: Dict[str, Any] = levit.model_args
 levit.push_to_hf_hub('organisation/name')
-for selection, grid_size in levit.forward_selections(images):
-    height, width = grid_size
-    print(selection.block, height, width)
+for selection in levit.forward_selections(images):
+    print(selection.block, selection.mask.shape)

@@ -13,7 +13,8 @@ from torchvision.transforms import InterpolationMode, Resize
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from ..informative import InformativeTokens, informative_tokens
+from ..informative import informative_tokens
+from ..tokens import InformativeTokens
 
 PANEL, GAP, LINE = 224, 8, 18  # pixels: smallest height of a panel, space between panels, height of a line of text
 
