@@ -1,21 +1,13 @@
-"""Weights from the Hub, by huggingface_hub itself, from a server that stands in for the Hub.
-
-huggingface_hub reads its environment when it is imported. So functions named `client_*` run in processes of their own,
-in which the server's address is that of the Hub.
-"""
+"""DeiT's weights, the paper's, and models that were pushed, with a folder in the place of the Hub."""
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
-from unittest import mock
 
 import helpers
 import pytest
 import timm
 import torch
-from helpers import assert_same_weights, authors_names, build_deit, build_levit, images
-from hub_server import Server
-from safetensors.torch import save
+from helpers import assert_same_weights, authors_names, build_deit, build_levit, images, run_python
+from safetensors.torch import save_file
 
 from timm_evovit import evolve, informative_tokens
 from timm_evovit.checkpoints import BY_SIMILARITY
@@ -35,69 +27,30 @@ def create(name, pretrained=True, **kwargs):
     return timm.create_model(name, pretrained=pretrained, **{**TINY, **kwargs}).eval()
 
 
-def error(function):
-    """What a function fails with, as text: not every error can be sent from process to process."""
-    with pytest.raises(Exception) as e:  # noqa: B017 whatever it is
-        function()
-    return f'{e.type.__name__}: {e.value}'
-
-
-def dense_weights(seed=0):
-    """A DeiT's weights, large enough that attention is far from uniform."""
-    return helpers.build('deit_tiny_patch16_224', seed, num_classes=1000).state_dict()
-
-
-@pytest.fixture(scope='module')
-def clients(tmp_path_factory):
-    """A server, and processes with the environment asked for, in which its address is that of the Hub."""
-    server, home, pools = Server(), tmp_path_factory.mktemp('home'), {}
-
-    def client(**env):
-        key = tuple(sorted(env.items()))
-        if key not in pools:
-            inherited = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING', 'TIMM_EVOVIT'))}
-            own = {'HF_ENDPOINT': server.url, 'HF_HOME': str(home / 'hf'), 'HF_TOKEN': 'hf_test',
-                   'TORCH_HOME': str(home / 'torch'), 'OMP_NUM_THREADS': '1'}
-            with mock.patch.dict(os.environ, {**inherited, **own, **env}, clear=True):
-                pools[key] = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
-                pools[key].submit(os.getpid).result(timeout=240)  # it has started, with this environment
-        return pools[key]
-
-    yield server, client
-    for pool in pools.values():
-        pool.shutdown()
-    server.shutdown()
+def hold(folder, repo, weights):
+    """Put weights where `hub` or a process in the folder finds them."""
+    (folder / repo).mkdir(parents=True)
+    save_file(weights, folder / repo / 'model.safetensors')
 
 
 @pytest.fixture
-def hub(clients, tmp_path):
-    """An empty Hub; `run` calls a function where it is the only one."""
-    server, client = clients
-    for table in (server.repos, server.moved, server.files, server.drive, server.requests):
-        table.clear()
-
-    class Hub:
-        @staticmethod
-        def run(function, *args, **env):
-            return client(**env).submit(function, *args).result(timeout=240)
-
-        @staticmethod
-        def hold_deit():
-            server.repos['timm/deit_tiny_patch16_224.fb_in1k'] = {'model.safetensors': save(dense_weights())}
-
-    Hub.server, Hub.folder = server, tmp_path
-    return Hub
-
-
-# DeiT's weights
-
-def without_mark(model):
-    """Weights, without the key that says that the model groups like patches."""
-    return {k: v for k, v in model.state_dict().items() if k != BY_SIMILARITY}
+def hub(tmp_path, monkeypatch):
+    """A folder that stands in for the Hub, with DeiT's weights, large enough that attention is far from uniform."""
+    monkeypatch.setattr(
+        'timm.models._hub.hf_hub_download', lambda repo_id, filename, **kwargs: str(tmp_path / repo_id / filename))
+    monkeypatch.setattr(timm.models, 'push_to_hf_hub', lambda model, repo_id, **kwargs: timm.models.save_for_hf(
+        model, tmp_path / repo_id, safe_serialization=True, **kwargs))
+    dense = helpers.build('deit_tiny_patch16_224', num_classes=1000).state_dict()
+    hold(tmp_path, 'timm/deit_tiny_patch16_224.fb_in1k', dense)
+    return tmp_path
 
 
 @torch.no_grad()
-def client_deit_evolves(folder):
+def test_deits_weights(hub):
+    """The default tag without a variable: DeiT, as timm loads it and `evolve` makes it faster, unless arguments differ."""
+    def without_mark(model):
+        return {k: v for k, v in model.state_dict().items() if k != BY_SIMILARITY}
+
     dense, x = create('deit_tiny_patch16_224'), images(3)
     for name in ('evo_deit_tiny', 'evo_deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224.fb_in1k'):
         model = create(name)
@@ -106,10 +59,6 @@ def client_deit_evolves(folder):
         expected = evolve(dense)(x)
         assert torch.equal(model(x), expected) and not torch.allclose(expected, dense(x), atol=1e-3)
         assert model.pretrained_cfg['crop_pct'] == dense.pretrained_cfg['crop_pct'] == 0.9
-        timm.models.save_for_hf(model, folder, model_args=model.model_args)
-        saved = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-        assert_same_weights(saved, model)
-        assert saved.keep_ratio == model.keep_ratio and torch.equal(saved(x), expected)
         model.set_keep_ratio(1)
         torch.testing.assert_close(model(x), dense(x))
     for kwargs in (dict(slow_tokens='attention'), dict(representative_token=True), dict(tradeoff=0.5),
@@ -123,65 +72,32 @@ def client_deit_evolves(folder):
     assert_same_weights(without_mark(pinned), dense)
 
 
-def test_deits_weights(hub):
-    """The default tag without a variable: DeiT, as timm loads it and `evolve` makes it faster, unless arguments differ."""
-    hub.hold_deit()
-    hub.run(client_deit_evolves, str(hub.folder))
-    assert any(r.startswith('GET /cdn/') for r in hub.server.requests), 'the redirect was not followed'
-
-
-def client_both_branches_start_from_deit():
+def test_deits_weights_in_a_model_that_differs(hub):
+    """Both branches start from DeiT where the readout is the paper's; classes, channels and size are adapted by timm."""
     dense, model = create('deit_tiny_patch16_224'), create('evo_deit_tiny', global_pool='avg')
     for ours, theirs in ((model.fc_norm, dense.norm), (model.norm_cls, dense.norm), (model.head, dense.head),
                          (model.head_cls, dense.head), (model.blocks[3].mlp, dense.blocks[3].mlp)):
         assert_same_weights(ours, theirs)
     alone = create('evo_deit_tiny', global_pool='avg', assisted_cls=False)
     assert alone.head_cls is None and torch.equal(alone.fc_norm.weight, dense.norm.weight)
-    few = create('evo_deit_tiny', global_pool='avg', num_classes=7)
-    assert few.head.out_features == few.head_cls.out_features == 7
-    assert torch.equal(few.norm_cls.weight, dense.norm.weight)
-
-
-def test_an_explicit_readout_wins(hub):
-    hub.hold_deit()
-    hub.run(client_both_branches_start_from_deit)
-
-
-def client_timm_adapts_deits_weights():
-    dense, few = create('deit_tiny_patch16_224'), create('evo_deit_tiny', num_classes=7, in_chans=1, img_size=48)
-    assert few.global_pool == 'token' and few(images(3, 48, chans=1)).shape == (3, 7)
-    torch.testing.assert_close(
-        few.patch_embed.proj.weight, dense.patch_embed.proj.weight.sum(dim=1, keepdim=True))
-    assert few.pos_embed.shape[1] == 37 and torch.equal(few.norm.weight, dense.norm.weight)
+    few = create('evo_deit_tiny', global_pool='avg', num_classes=7, in_chans=1, img_size=48)
+    assert few.head.out_features == few.head_cls.out_features == 7 and few.pos_embed.shape[1] == 37
+    assert torch.equal(few.norm_cls.weight, dense.norm.weight) and few(images(3, 48, chans=1)).shape == (3, 7)
     maps = create('evo_deit_tiny', features_only=True, num_classes=0)(images(3))
     assert [m.shape for m in maps] == [(3, 24, 4, 4)] * 3
 
 
-def test_what_timm_adapts(hub):
-    hub.hold_deit()
-    hub.run(client_timm_adapts_deits_weights)
-
-
-def client_readout():
-    return create('evo_deit_tiny').global_pool
-
-
-def test_from_the_cache(hub):
-    hub.hold_deit()
-    assert hub.run(client_readout) == 'token'
-    before = list(hub.server.requests)
-    assert hub.run(client_readout, HF_HUB_OFFLINE='1') == 'token'
-    assert hub.server.requests == before
-
-
-# Weights handed over
-
-def client_handed_over(folder, url):
-    weights = torch.load(f'{folder}/authors.pth')
+def test_weights_handed_over_are_the_papers(tmp_path, monkeypatch):
+    """With the tag fb_in1k, which is the default, and without the Hub being asked."""
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', None)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    path = tmp_path / 'authors.pth'
+    weights = authors_names(build_deit(num_classes=1000))
+    torch.save({'model': weights}, path)
     paper = create('evo_deit_tiny', pretrained_cfg_overlay=dict(state_dict=dict(weights)))
     assert paper.global_pool == 'avg' and paper.head_cls is not None
-    assert torch.equal(paper.fc_norm.weight, weights['model']['norm.weight'])
-    for overlay in (dict(file=f'{folder}/authors.pth'), dict(url=f'{url}/weights.pth')):
+    assert torch.equal(paper.fc_norm.weight, weights['norm.weight'])
+    for overlay in (dict(file=str(path)), dict(url=path.as_uri())):
         for name in ('evo_deit_tiny', 'evo_deit_tiny_patch16_224.fb_in1k'):
             model = create(name, pretrained_cfg_overlay=overlay)
             assert model.global_pool == 'avg' and model.pretrained_cfg['crop_pct'] == 0.875
@@ -189,20 +105,11 @@ def client_handed_over(folder, url):
         # as scripts do that resolve the configuration first
         cfg = timm.models.resolve_pretrained_cfg('evo_deit_tiny_patch16_224', 'fb_in1k', overlay).to_dict()
         assert_same_weights(create('evo_deit_tiny_patch16_224', pretrained_cfg=cfg), paper)
-    token = create('evo_deit_tiny', pretrained_cfg_overlay=dict(file=f'{folder}/authors.pth'), global_pool='token')
+    token = create('evo_deit_tiny', pretrained_cfg_overlay=dict(file=str(path)), global_pool='token')
     assert torch.equal(token.norm.weight, paper.norm_cls.weight) and torch.equal(token.head.bias, paper.head_cls.bias)
 
 
-def test_weights_handed_over_are_the_papers(hub):
-    """With the tag fb_in1k, which is the default, and without the Hub being asked."""
-    path = hub.folder / 'authors.pth'
-    torch.save({'model': authors_names(build_deit(num_classes=1000))}, path)
-    hub.server.files['/weights.pth'] = path.read_bytes()
-    hub.run(client_handed_over, str(hub.folder), hub.server.url)
-    assert set(hub.server.requests) == {'GET /weights.pth'}
-
-
-@pytest.mark.parametrize('name', ['evo_deit_tiny', 'evo_deit_tiny.fb_in1k', 'evo_deit_base_patch16_384.fb_in1k'])
+@pytest.mark.parametrize('name', ['evo_deit_tiny', 'evo_deit_base_patch16_384.fb_in1k'])
 def test_without_weights_the_readout_is_the_papers(name):
     model = create(name, pretrained=False)
     assert model.global_pool == 'avg' and model.pretrained_cfg['crop_pct'] == 0.875
@@ -211,107 +118,42 @@ def test_without_weights_the_readout_is_the_papers(name):
         assert model.pretrained_cfg['crop_pct'] == crop_pct
 
 
-# What is missing or damaged
-
-def client_moved_repository():
-    moved = create('evo_deit_base_patch16_384')
-    assert moved.global_pool == 'token' and moved.pretrained_cfg['crop_pct'] == 1
-    assert_same_weights(without_mark(moved), create('deit_base_patch16_384'))
-
-
-def test_a_repository_that_was_renamed(hub):
-    hub.server.repos['renamed/deit_base'] = {'model.safetensors': save(dense_weights())}
-    hub.server.moved['timm/deit_base_patch16_384.fb_in1k'] = 'renamed/deit_base'
-    hub.run(client_moved_repository)
-
-
-def client_missing():
-    return [
-        error(lambda: create('evo_deit_tiny', pretrained_cfg_overlay=dict(hf_hub_id='timm/nobody'))),
-        error(lambda: create('evo_deit_base')),
-        error(lambda: create('evo_deit_small_patch16_384')),
-        error(lambda: create('evo_deit_tiny_patch16_224.nobody_in1k')),
-    ]
-
-
-def test_what_is_missing(hub):
-    hub.server.repos['timm/deit_base_patch16_224.fb_in1k'] = {'config.json': b'{}'}
-    repository, entry, weights, tag = hub.run(client_missing)
-    assert repository.startswith('RepositoryNotFoundError')
-    assert entry.startswith(('EntryNotFoundError', 'RemoteEntryNotFoundError'))
-    assert 'No pretrained weights exist for evo_deit_small_patch16_384' in weights
-    assert 'Invalid pretrained tag (nobody_in1k)' in tag
-
-
-def client_damaged():
-    return error(lambda: create('evo_deit_small'))
-
-
-def client_whole():
-    return create('evo_deit_small').global_pool
-
-
-def test_a_damaged_file_is_not_kept(hub):
-    whole = save(dense_weights())
-    files = hub.server.repos['timm/deit_small_patch16_224.fb_in1k'] = {'model.safetensors': whole[:len(whole) // 2]}
-    assert hub.run(client_damaged).startswith('SafetensorError')
-    files['model.safetensors'] = whole
-    assert hub.run(client_whole) == 'token'
-
-
 # The paper's weights
 
-def client_organisation(folder, url):
-    assert set(PUBLISHED) == set(TOP1)
-    for name in PUBLISHED:
-        cfg = timm.get_pretrained_cfg(name)
-        assert cfg.tag == 'evovit_in1k' and cfg.hf_hub_id == f'somebody/{name}.evovit_in1k'
-        assert timm.models.is_model_pretrained(name)
-    assert timm.get_pretrained_cfg('evo_deit_tiny').hf_hub_id == 'somebody/evo_deit_tiny_patch16_224.evovit_in1k'
-    model = create('evo_deit_tiny')
-    assert model.global_pool == 'avg' and model.pretrained_cfg['tag'] == 'evovit_in1k'
-    assert create('evo_deit_tiny.fb_in1k').global_pool == 'token'
-    handed = create('evo_deit_tiny', pretrained_cfg_overlay=dict(url=f'{url}/deit.pth'))
-    assert torch.equal(handed.fc_norm.weight, model.fc_norm.weight + 1)
-    levit = timm.create_model('evo_levit_128s', pretrained=True, **TINY_LEVIT)
-    assert_same_weights(levit, torch.load(f'{folder}/levit.pth'))
-    return error(lambda: timm.create_model('evo_levit_256', pretrained=True, **TINY_LEVIT))
-
-
-@pytest.mark.slow
-def test_the_organisation_that_holds_the_papers_weights(hub):
-    weights, levit = build_deit(num_classes=1000).state_dict(), build_levit(num_classes=1000).state_dict()
-    hub.hold_deit()
-    hub.server.repos.update({
-        'somebody/evo_deit_tiny_patch16_224.evovit_in1k': {'model.safetensors': save(weights)},
-        'somebody/evo_levit_128s.evovit_in1k': {'model.safetensors': save(levit)},
-    })
-    torch.save(levit, hub.folder / 'levit.pth')
-    torch.save({k: v + 1 for k, v in weights.items()}, hub.folder / 'deit.pth')
-    hub.server.files['/deit.pth'] = (hub.folder / 'deit.pth').read_bytes()
-    missing = hub.run(client_organisation, str(hub.folder), hub.server.url, TIMM_EVOVIT_HUB='somebody')
-    assert 'RepositoryNotFoundError' in missing and 'somebody/evo_levit_256.evovit_in1k' in missing
-
-
-@pytest.mark.parametrize('name', PUBLISHED)
-def test_nobody_has_said_where_they_are(name):
+def test_the_papers_weights_without_an_organisation():
     assert 'TIMM_EVOVIT_HUB' not in os.environ, 'tests run without it'
-    sizes = TINY_LEVIT if 'levit' in name else TINY
-    with pytest.raises(RuntimeError) as e:
-        timm.create_model(f'{name}.evovit_in1k', pretrained=True, **sizes)
-    message = str(e.value)
-    assert 'TIMM_EVOVIT_HUB' in message and f'timm-evovit convert {name}' in message
-    assert (f'{name}.fb_in1k' if 'deit' in name else 'evo_deit_small_patch16_224.fb_in1k') in message
-    assert not timm.models.is_model_pretrained(f'{name}.evovit_in1k')
-    timm.create_model(f'{name}.evovit_in1k', **sizes)
+    assert set(PUBLISHED) == set(TOP1) and not timm.list_pretrained('evo_levit*')
+    for name, top1 in TOP1.items():
+        full, default = f'{name}.evovit_in1k', timm.get_pretrained_cfg(name)
+        cfg = timm.get_pretrained_cfg(full)
+        assert cfg.hf_hub_id is None and f' {top1} %' in cfg.notes[0] and not timm.models.is_model_pretrained(full)
+        assert cfg.crop_pct == 0.875 and cfg.license == 'mit' and cfg.paper_ids == 'arXiv:2108.01390'
+        sizes = TINY_LEVIT if 'levit' in name else TINY
+        with pytest.raises(RuntimeError, match=f'TIMM_EVOVIT_HUB.*`timm-evovit convert {name} ') as e:
+            timm.create_model(full, pretrained=True, **sizes)
+        assert (f'{name}.fb_in1k' if 'deit' in name else 'evo_deit_small_patch16_224.fb_in1k') in str(e.value)
+        assert default.tag == ('fb_in1k' if 'deit' in name else 'evovit_in1k')
 
 
-@pytest.mark.parametrize('name, top1', TOP1.items())
-def test_configuration_of_the_papers_weights(name, top1):
-    cfg = timm.get_pretrained_cfg(f'{name}.evovit_in1k')
-    assert cfg.hf_hub_id is None and f' {top1} %' in cfg.notes[0]
-    assert cfg.crop_pct == 0.875 and cfg.license == 'mit' and cfg.paper_ids == 'arXiv:2108.01390'
-    assert timm.get_pretrained_cfg(name).tag == ('fb_in1k' if 'deit' in name else 'evovit_in1k')
+def test_the_organisation_that_holds_the_papers_weights(tmp_path):
+    """It is read from the environment when the package is imported."""
+    deit, levit = build_deit(num_classes=1000), build_levit(num_classes=1000)
+    for name, model in (('evo_deit_tiny_patch16_224', deit), ('evo_levit_128s', levit)):
+        hold(tmp_path, f'somebody/{name}.evovit_in1k', model.state_dict())
+    out, _ = run_python('-c', f'''if True:
+        import json, timm, timm.models._hub, torch
+        timm.models._hub.hf_hub_download = lambda repo_id, filename, **kwargs: f'{{repo_id}}/{{filename}}'
+        deit = timm.create_model('evo_deit_tiny', pretrained=True, **{TINY})
+        levit = timm.create_model('evo_levit_128s', pretrained=True, **{TINY_LEVIT})
+        torch.save((deit.state_dict(), levit.state_dict()), 'loaded.pth')
+        names = {[*PUBLISHED]}
+        assert all(timm.models.is_model_pretrained(name) for name in names)
+        print(json.dumps({{name: timm.get_pretrained_cfg(name).hf_hub_id for name in [*names, 'evo_deit_tiny']}}))
+    ''', cwd=tmp_path, TIMM_EVOVIT_HUB='somebody')
+    full = {name: name for name in PUBLISHED} | {'evo_deit_tiny': 'evo_deit_tiny_patch16_224'}
+    assert json.loads(out) == {name: f'somebody/{full[name]}.evovit_in1k' for name in full}
+    for model, loaded in zip((deit, levit), torch.load(tmp_path / 'loaded.pth'), strict=True):
+        assert_same_weights(model, loaded)
 
 
 @pytest.mark.parametrize('size', ['tiny_patch16_224', 'small_patch16_224', 'base_patch16_224', 'base_patch16_384'])
@@ -322,100 +164,78 @@ def test_deits_tag_says_what_timm_says(size):
     assert ours.paper_ids == 'arXiv:2012.12877' and 'apache' in ours.license
 
 
-def test_levit_has_no_weights_elsewhere():
-    assert not timm.list_pretrained('evo_levit*')
+# Models that are pushed
 
-
-# Upload
-
-def push_own(model, repo):
-    model.push_to_hf_hub(repo)
-
-
-def push_timms(model, repo):
-    timm.models.push_to_hf_hub(model, repo, model_args=model.model_args)
-
-
-def push_plain(model, repo):
-    """Where timm records the arguments by itself."""
-    timm.models.push_to_hf_hub(model, repo)
-
-
-TIMM_RECORDS_ARGS = hasattr(timm.create_model('test_vit', device='meta'), '_model_args')
-pushes = pytest.mark.parametrize('push', [push_own, push_timms, pytest.param(
-    push_plain, marks=pytest.mark.skipif(not TIMM_RECORDS_ARGS, reason='this timm does not record model arguments'))])
-
-
-def push_and_reload(model, push, x):
-    """The model from the Hub, bit for bit as the one that was pushed."""
-    push(model, 'somebody/model')
-    again = timm.create_model('hf-hub:somebody/model', pretrained=True).eval()
-    assert_same_weights(again, model)
-    assert json.loads(json.dumps(again.model_args)) == json.loads(json.dumps(model.model_args))
-    with torch.no_grad():
-        assert torch.equal(again(x), model.eval()(x))
-    return again
-
-
-def client_push_deit(push):
+def deit_with_ratios():
     model = create('evo_deit_tiny')
     model.set_keep_ratio((0.9, 0.8, 0.7, 0.6, 0.5, 0.3))
-    again = push_and_reload(model, push, images())
-    assert again.keep_ratio == (0.9, 0.8, 0.7, 0.6, 0.5, 0.3) and again.global_pool == 'token'
-    warm = timm.create_model('hf-hub:somebody/model', pretrained=True, global_pool='avg')
-    assert torch.equal(warm.head_cls.weight, model.head.weight) and torch.equal(warm.fc_norm.bias, model.norm.bias)
+    return model
 
 
-def client_push_arguments(push):
+def deit_with_arguments():
     model = create(
         'evo_deit_small', pretrained=False, num_classes=5, img_size=(32, 48), depth=6, stages=(1, 4), tradeoff=0.25,
         selection='layer', representative_token=True, assisted_cls=False, keep_ratio=0.3, layer_to_stage_epochs=0,
         drop_path_rate=0.1)
     torch.nn.init.normal_(model.head.weight)
-    again = push_and_reload(model, push, images(2, (32, 48)))
-    assert again.stage_starts == (1, 4) and again.selection == 'layer' and again.representative_token
-    assert again.tradeoff == (0.25,) * 6 and again.head_cls is None
-    assert again.patch_embed.img_size == (32, 48)
-    larger = timm.create_model('hf-hub:somebody/model', pretrained=True, img_size=(48, 32))
-    assert larger.pos_embed.shape == model.pos_embed.shape
+    return model
 
 
-def client_push_schedule(push):
+def deit_with_schedule():
     model = create('evo_deit_tiny', pretrained=False, layer_to_stage_epochs=2)
     model.reset_classifier(9, 'token')
-    assert push_and_reload(model, push, images()).layer_to_stage_epochs == 2
+    return model
 
 
-def client_push_levit(push):
+def levit():
     model = build_levit(num_classes=4, tradeoff=0.25, keep_ratio=(0.5, 1, 0.3))
     model.set_keep_ratio(0.4)
-    again = push_and_reload(model, push, images(2, 64))
-    assert again.keep_ratio == (0.4,) * 3 and again.tradeoff is None
+    return model
 
 
-def client_push_vit(push):
-    """By the name of its base, and evolved from a model of the Hub."""
-    model = create('evo_vit', base='deit_tiny_patch16_224', keep_ratio=0.4, stages=(2, 6))
-    again = push_and_reload(model, push, images())
-    assert again.keep_ratio == (0.615, 0.26) and again.model_args['base'] == 'deit_tiny_patch16_224'
+def vit_by_name():
+    return create('evo_vit', base='deit_tiny_patch16_224', keep_ratio=0.4, stages=(2, 6))
+
+
+def vit_of_the_hub():
     dense = create('deit_tiny_patch16_224')
-    assert_same_weights(again, dense)
     timm.models.push_to_hf_hub(dense, 'somebody/dense', model_args=TINY)
-    from_hub = timm.create_model('evo_vit', base='hf-hub:somebody/dense', pretrained=True, keep_ratio=0.4, stages=(2, 6))
+    model = create('evo_vit', base='hf-hub:somebody/dense', keep_ratio=0.4, stages=(2, 6))
+    assert_same_weights(model, dense)
+    return model
+
+
+@pytest.mark.parametrize('build, attributes', [
+    (deit_with_ratios, dict(keep_ratio=(0.9, 0.8, 0.7, 0.6, 0.5, 0.3), global_pool='token', slow_tokens='similarity')),
+    (deit_with_arguments, dict(
+        stage_starts=(1, 4), selection='layer', representative_token=True, tradeoff=(0.25,) * 6, head_cls=None)),
+    (deit_with_schedule, dict(layer_to_stage_epochs=2, global_pool='token')),
+    (levit, dict(keep_ratio=(0.4,) * 3, tradeoff=None)),
+    (vit_by_name, dict(keep_ratio=(0.615, 0.26), stage_starts=(2, 6))),
+    (vit_of_the_hub, dict(keep_ratio=(0.615, 0.26), stage_starts=(2, 6))),
+])
+@pytest.mark.parametrize('by_timm', [False, True])
+def test_push_and_reload(hub, build, attributes, by_timm):
+    """Bit for bit, readout, keep ratio and all; newer versions of timm record the arguments by themselves."""
+    model = build().eval()
+    if by_timm and not hasattr(timm.create_model('test_vit', device='meta'), '_model_args'):
+        pytest.skip('this timm does not record model arguments')
+    if by_timm:
+        timm.models.push_to_hf_hub(model, 'somebody/model')
+    else:
+        model.push_to_hf_hub('somebody/model')
+    again = timm.create_model('hf-hub:somebody/model', pretrained=True).eval()
+    assert_same_weights(again, model)
+    assert json.loads(json.dumps(again.model_args)) == json.loads(json.dumps(model.model_args))
+    assert {k: getattr(again, k) for k in attributes} == attributes
+    x = helpers.images_for(model)
     with torch.no_grad():
-        assert torch.equal(from_hub.eval()(images()), model(images()))
-    push_and_reload(from_hub, push, images())
+        assert torch.equal(again(x), model(x))
 
 
-@pushes
-@pytest.mark.parametrize('client', [
-    client_push_deit, client_push_arguments, client_push_schedule, client_push_levit, client_push_vit])
-def test_push_and_reload(hub, client, push):
-    """Bit for bit, readout, keep ratio and all."""
-    hub.hold_deit()
-    hub.run(client, push)
-    repo = hub.server.repos['somebody/model']
-    assert {'config.json', 'model.safetensors', 'README.md'} <= set(repo)
-    config = json.loads(repo['config.json'])
-    if client is client_push_levit:
-        assert config['architecture'] == 'evo_levit_128s' and config['model_args']['keep_ratio'] == [0.4] * 3
+def test_a_pushed_model_with_other_arguments(hub):
+    model = deit_with_ratios()
+    model.push_to_hf_hub('somebody/model')
+    warm = timm.create_model('hf-hub:somebody/model', pretrained=True, global_pool='avg', img_size=(48, 32))
+    assert torch.equal(warm.head_cls.weight, model.head.weight) and torch.equal(warm.fc_norm.bias, model.norm.bias)
+    assert warm.pos_embed.shape[1] == 25
