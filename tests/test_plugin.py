@@ -1,49 +1,46 @@
-"""How timm finds the models, each way in a process of its own."""
-from importlib.metadata import entry_points, version
+"""How timm finds the models, each way in a process of its own, and what a plugin that fails costs."""
+import textwrap
+import zipfile
+from importlib.metadata import entry_points
 
 import pytest
-from helpers import SCRIPTS, run_python
+import timm
+import torch
+from helpers import run_python
 
-import timm_evovit
+from timm_evovit import evolve
 
 CREATE = "m = timm.create_model('evo_deit_small', device='meta'); print(type(m).__name__, len(m.blocks))"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('code', [
-    'import timm',
-    'from timm.models import create_model; import timm',
-    'import torch; from timm.models import create_model; import timm',
+@pytest.mark.parametrize('code', ['import timm', *(pytest.param(code, marks=pytest.mark.slow) for code in (
     'from timm.models.vision_transformer import VisionTransformer; import timm',
     'import timm_evovit, timm',
-    'import timm, timm_evovit',
-    'from timm_evovit import EvoVisionTransformer; import timm',
-    'from timm_evovit import evolve; import timm',
-    'import timm_evovit.evo_vit, timm',
     'import torch, timm_evovit.hub, timm',
-    'import torch, timm_evovit.training, timm',
-    'import timm_evovit.evo_levit, timm',
     'import timm_evovit_autoload, timm; timm_evovit_autoload.autoload()',
-])
+))])
 def test_found_whatever_is_imported_first(code, tmp_path):
     out, err = run_python('-c', f'{code}; {CREATE}', cwd=tmp_path)
     assert out.split() == ['EvoVisionTransformer', '12']
     assert 'Overwriting' not in err and 'Warning' not in err
 
 
-def test_found_by_an_ordinary_import(tmp_path):
-    out, _ = run_python('-c', f'import timm; {CREATE}', cwd=tmp_path)
-    assert out.split() == ['EvoVisionTransformer', '12']
-
-
 @pytest.mark.slow
 def test_a_pickle_may_be_the_first_to_ask(tmp_path):
-    out, err = run_python(SCRIPTS / 'pickle_first.py', cwd=tmp_path)
+    """Unpickling is the first to import timm and the plugin."""
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=3, num_classes=2)
+    torch.save(evolve(model), tmp_path / 'model.pt')
+    out, err = run_python('-c', textwrap.dedent('''
+        import torch
+        model = torch.load('model.pt', weights_only=False)
+        import timm, timm_evovit.evo_vit
+        assert type(model) is timm_evovit.evo_vit.EvolvedVisionTransformer
+        print(timm.is_model('evo_deit_small'), timm.is_model('evo_levit_256'))
+    '''), cwd=tmp_path)
     assert out.split() == ['True', 'True'] and 'Warning' not in err
 
 
 def test_listed_by_name_and_module():
-    import timm
     names = timm.list_models('evo_deit*')
     assert set(names) == set(timm.list_models(module='evo_deit')) == {
         'evo_deit_tiny', 'evo_deit_small', 'evo_deit_base',
@@ -54,19 +51,14 @@ def test_listed_by_name_and_module():
 
 
 @pytest.mark.slow
-def test_found_in_a_spawned_loader_worker(tmp_path):
-    assert run_python(SCRIPTS / 'spawned_worker.py', cwd=tmp_path)[0].strip() == '8'
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('code, expected', [
-    ("import timm; print(timm.list_models('evo_*')); import timm_evovit; print(timm.is_model('evo_deit_small'))",
-     ['[]', 'True']),
-    ("import timm_evovit, timm; print(timm.is_model('evo_deit_small'))", ['True']),
-])
-def test_without_autoload_the_import_registers(code, expected, tmp_path):
-    out, err = run_python('-c', code, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
-    assert out.split() == expected and 'Warning' not in err
+def test_without_autoload_the_import_registers(tmp_path):
+    out, err = run_python('-c', textwrap.dedent('''
+        import timm
+        print(timm.list_models('evo_*'))
+        import timm_evovit
+        print(timm.is_model('evo_deit_small'))
+    '''), cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD='0')
+    assert out.split() == ['[]', 'True'] and 'Warning' not in err
 
 
 def test_torch_alone_stays_alone(tmp_path):
@@ -75,28 +67,107 @@ def test_torch_alone_stays_alone(tmp_path):
     assert out.strip() == 'set()'
 
 
+# What fails
+
 @pytest.mark.slow
-def test_a_broken_plugin_costs_one_warning(tmp_path):
-    (tmp_path / 'broken_plugin.py').write_text('raise RuntimeError("as broken as can be")')
-    info = tmp_path / 'broken_plugin-1.0.dist-info'
+@pytest.mark.parametrize('plugin, error', [('timm_evovit', 'RuntimeError'), ('other_plugin', 'Stop')])
+def test_a_plugin_that_cannot_be_imported_costs_warnings(plugin, error, tmp_path):
+    """torch and timm work as if it were not installed; each of its entry points warns once."""
+    (tmp_path / f'{plugin}.py').write_text(f'class Stop(BaseException): pass\nraise {error}("as broken as can be")')
+    info = tmp_path / 'other_plugin-1.0.dist-info'
     info.mkdir()
-    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: broken-plugin\nVersion: 1.0\n')
-    (info / 'entry_points.txt').write_text('[timm.models]\nbroken = broken_plugin\n')
-    out, _ = run_python(SCRIPTS / 'beside_broken_plugin.py', cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert out.split() == ['True', 'True']
+    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: other-plugin\nVersion: 1.0\n')
+    (info / 'entry_points.txt').write_text('[timm.models]\nother = other_plugin\n' if plugin == 'other_plugin' else '')
+    out, _ = run_python('-c', textwrap.dedent(f'''
+        import warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            import torch, timm
+        print(timm.is_model('resnet18'), timm.is_model('evo_deit_small'), torch.ones(2).sum().item())
+        ours = [str(w.message) for w in caught if 'as broken as can be' in str(w.message)]
+        print(len(ours), len(set(ours)), all('{plugin}' in message for message in ours))
+    '''), cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    count = 1 if plugin == 'other_plugin' else len(
+        [e for e in entry_points(group='timm.models') if e.module.startswith('timm_evovit')])
+    assert out.splitlines() == [f'True {count == 1} 2.0', f'{count} {count} True']
+
+
+@pytest.mark.slow
+def test_a_warning_that_is_an_error_does_not_reach_torch(tmp_path):
+    (tmp_path / 'timm_evovit.py').write_text('raise RuntimeError')
+    out, _ = run_python('-W', 'error::UserWarning', '-c', 'import torch, timm.models; print(timm.is_model("resnet18"))',
+                        cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert out.strip() == 'True'
 
 
 @pytest.mark.slow
 def test_an_import_of_timm_that_fails_is_timms_own_error(tmp_path):
-    fake = tmp_path / 'timm'
-    fake.mkdir()
-    (fake / '__init__.py').write_text('import torch\nfrom . import models')
-    (fake / 'models.py').write_text('raise ImportError("timm itself is broken")')
-    out, err = run_python(SCRIPTS / 'broken_timm.py', cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    (tmp_path / 'timm').mkdir()
+    (tmp_path / 'timm' / '__init__.py').write_text('import torch\nfrom . import models')
+    (tmp_path / 'timm' / 'models.py').write_text('raise ImportError("timm itself is broken")')
+    out, err = run_python('-c', textwrap.dedent('''
+        try:
+            import timm
+        except ImportError as e:
+            print(e)
+    '''), cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert out.strip() == 'timm itself is broken' and 'plugin' not in err
 
 
-def test_installed_metadata():
-    assert version('timm-evovit') == timm_evovit.__version__
-    assert 'timm_evovit' in {e.name for e in entry_points(group='torch.backends')}
-    assert {'evo_deit', 'evo_levit'} <= {e.name for e in entry_points(group='timm.models')}
+AUTOLOAD, = entry_points(group='torch.backends', name='timm_evovit')
+
+
+@pytest.mark.parametrize('broken', [
+    'import timm.models; importlib.metadata.entry_points = fail',
+    'sys.meta_path = Broken(sys.meta_path)',
+])
+def test_nothing_that_fails_in_the_entry_point_reaches_torch(broken, tmp_path):
+    """A list of plugins that cannot be read; a list of import hooks that takes no other."""
+    (tmp_path / 'timm').mkdir()  # an empty one: these processes need neither torch nor a model
+    (tmp_path / 'timm' / '__init__.py').touch()
+    (tmp_path / 'timm' / 'models.py').touch()
+    out, _ = run_python('-c', textwrap.dedent(f'''
+        import importlib, importlib.metadata, sys, warnings
+
+        class Stop(BaseException):
+            pass
+
+        def fail(*args, **kwargs):
+            raise Stop('as broken as can be')
+
+        class Broken(list):
+            insert = append = __setitem__ = fail
+
+        {broken}
+        module = importlib.import_module({AUTOLOAD.module!r})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            module.{AUTOLOAD.attr}()
+        print(*(str(w.message) for w in caught), sep=chr(10))
+    '''), cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    warned, = out.splitlines()
+    assert 'Stop' in warned and 'as broken as can be' in warned
+
+
+@pytest.mark.parametrize('models, expected', [
+    ({'timm/models.py': 'import timm.other', 'timm/other.py': ''}, ['complete']),
+    ({'timm/models/': ''}, []), ({}, ['ModuleNotFoundError'])])
+def test_timm_in_a_zip_file(models, expected, tmp_path):
+    """One loader serves all of its modules. Plugins are loaded once, after timm.models, not after what that imports."""
+    with zipfile.ZipFile(tmp_path / 'timm.zip', 'w') as file:
+        for name, text in {'timm/__init__.py': '', **models}.items():
+            file.writestr(name, text)
+    out, _ = run_python('-c', textwrap.dedent(f'''
+        import importlib, sys, types
+        sys.path.insert(0, 'timm.zip')
+        module = importlib.import_module({AUTOLOAD.module!r})
+        state = lambda: print('complete' if hasattr(sys.modules['timm.models'], 'timm') else 'too early')
+        module.entry_points = lambda group: [types.SimpleNamespace(name='plugin', value='module', load=state)]
+        module.{AUTOLOAD.attr}()
+        module.{AUTOLOAD.attr}()  # as where an installation is registered twice
+        try:
+            import timm.models
+        except Exception as e:
+            print(type(e).__name__)
+    '''), cwd=tmp_path)
+    assert out.split() == expected
