@@ -1,10 +1,10 @@
-"""Both methods written out plainly, for Evo-DeiT, Evo-LeViT and `evolve`: one image at a time, one token at a time where that is clearer.
+"""Both methods written out plainly, for Evo-DeiT, Evo-LeViT and `evolve`, one image or one token at a time.
 
 Weights are read from the model; everything else is done here, after the paper and the authors' choices.
 """
 import math
 from fractions import Fraction
-from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch.nn import functional as F
@@ -41,73 +41,71 @@ def block(w: Weights, i: int, x: torch.Tensor, heads: int) -> Tuple[torch.Tensor
     return x, sum(rows) / heads
 
 
-def evolve(
-        block: Callable[[int, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]],
-        x: torch.Tensor,
-        depth: int,
-        num_prefix: int,
-        stages: Sequence[int],
-        keep_ratio: Sequence[float],
-        tradeoff: Sequence[float],
-        layer_wise: bool,
-        representative: bool,
-) -> Result:
-    """Tokens (N, C) of one image through all blocks, with every attention row tracked whether or not it is read.
+def run_stage(
+        run: Callable[[int, List[torch.Tensor]], Tuple[List[torch.Tensor], List[torch.Tensor]]], blocks: Sequence[int],
+        xs: List[torch.Tensor], gs: Optional[List[torch.Tensor]], ratio: float, tradeoff: Callable[[int], float],
+        num_prefix: int, representative: bool,
+) -> Tuple[List[List[torch.Tensor]], List[torch.Tensor], List[List[int]]]:
+    """Blocks that share one selection, with ratio 1 none; every attention row is tracked whether or not it is read.
 
-    `block(i, tokens)` runs block i and returns class attention over all tokens as well.
+    `run(i, xs)` runs block i on the tokens (N, C) of every image and returns class attention over all tokens as well.
+    `gs` are global class attention of the patches of every image, None before the first block.
+
+    Returns the complete tokens of every image after each block, `gs`, and the informative patches of every image.
     """
-    N = len(x)
-    n = N - num_prefix
-    g = None
-    kept_by_block: Dict[int, List[int]] = {}
+    P, n = num_prefix, len(xs[0]) - num_prefix
+    k = n if ratio == 1 else max(1, int(n * ratio))
+    kept, rest, slow, before = [], [], [], []
+    for x, g in zip(xs, gs or [torch.zeros(n)] * len(xs)):
+        order = sorted(range(n), key=lambda j: -g[j].item())
+        kept.append(sorted(order[:k]))
+        rest.append(order[k:])
+        parts = [x[:P], x[P:][kept[-1]]]
+        if rest[-1] and representative:
+            before.append(g[rest[-1]] @ x[P:][rest[-1]] / g[rest[-1]].sum())
+            parts.append(before[-1][None])
+        slow.append(torch.cat(parts))
     after = []
-    ratio = 1.
-    kept = list(range(n))
-    waiting = {}  # raster index of a placeholder -> its token
-    token = None  # the representative token, as it is now
-    order = list(range(n))
+    for i in blocks:
+        slow, rows = run(i, slow)
+        a = tradeoff(i)
+        rows = [row[P:P + k] for row in rows]
+        if gs is not None:
+            mixed = [g.clone() for g in gs]
+            for g, own, row in zip(mixed, kept, rows):
+                g[own] = (1 - a) * g[own] + a * row
+        gs = rows if gs is None else mixed
+        after.append([x.clone() for x in xs])
+        for image, x in enumerate(after[-1]):
+            x[[*range(P), *(P + j for j in kept[image])]] = slow[image][:P + k]
+            for j in rest[image] if representative else ():
+                x[P + j] += slow[image][-1] - before[image]
+    return after, gs, kept
 
-    def complete(sequence: torch.Tensor, token, token_before) -> torch.Tensor:
-        out = torch.empty(N, x.shape[1], dtype=x.dtype)
-        out[:num_prefix] = sequence[:num_prefix]
-        for position, j in enumerate(kept):
-            out[num_prefix + j] = sequence[num_prefix + position]
-        for j, value in waiting.items():
-            out[num_prefix + j] = value if token is None else value + (token - token_before)
-        return out
 
-    token_before = None
-    for i in range(depth):
-        starts = i in stages
-        if starts:
+def evolve(
+        block: Callable[[int, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor, depth: int,
+        num_prefix: int, stages: Sequence[int], keep_ratio: Sequence[float], tradeoff: Sequence[float],
+        layer_wise: bool, representative: bool,
+) -> Result:
+    """Tokens (N, C) of one image through all blocks. `block(i, tokens)` returns class attention as well."""
+    def run(i: int, xs: List[torch.Tensor]) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        y, row = block(i, xs[0])
+        return [y], [row]
+
+    kept, after, gs, ratio, i = {}, [], None, 1., 0
+    while i < depth:
+        if i in stages:
             ratio = keep_ratio[list(stages).index(i)]
-        if starts or (layer_wise and ratio < 1):
-            x = complete(x, token, token_before)
-            waiting, token, token_before, kept = {}, None, None, order
-            if ratio < 1:
-                count = max(1, int(n * ratio))
-                kept = sorted(sorted(order, key=lambda j: -g[j].item())[:count])
-                kept_by_block[i] = kept
-                waiting = {j: x[num_prefix + j] for j in order if j not in kept}
-                if representative and waiting:
-                    total = sum(g[j] for j in waiting)
-                    token = token_before = sum(g[j] / total * value for j, value in waiting.items())
-                x = torch.stack(list(x[:num_prefix]) + [x[num_prefix + j] for j in kept])
-        sequence = x if token is None else torch.cat([x, token[None]])
-        sequence, row = block(i, sequence)
-        if token is not None:
-            token = sequence[-1]
-            sequence = sequence[:-1]
-        x = sequence
-        row = row[num_prefix:num_prefix + len(kept)]
-        if g is None:
-            g = row.clone()
-        else:
-            g = g.clone()
-            for position, j in enumerate(kept):
-                g[j] = (1 - tradeoff[i]) * g[j] + tradeoff[i] * row[position]
-        after.append(complete(x, token, token_before))
-    return Result(after[-1], kept_by_block, after)
+        end = i + 1 if layer_wise and ratio < 1 else min(s for s in (*stages, depth) if s > i)
+        found, gs, own = run_stage(
+            run, range(i, end), [x], gs, ratio, tradeoff.__getitem__, num_prefix, representative)
+        after += [x for x, in found]
+        x = after[-1]
+        if ratio < 1:
+            kept[i] = own[0]
+        i = end
+    return Result(x, kept, after)
 
 
 Block = Callable[[int, torch.Tensor, List[List[int]]], Tuple[torch.Tensor, torch.Tensor]]
@@ -146,14 +144,8 @@ def match(
 
 
 def evolve_by_similarity(
-        block: Block,
-        x: torch.Tensor,
-        depth: int,
-        num_prefix: int,
-        stages: Sequence[int],
-        keep_ratio: Sequence[float],
-        weights: Sequence[torch.Tensor],
-        width: int,
+        block: Block, x: torch.Tensor, depth: int, num_prefix: int, stages: Sequence[int], keep_ratio: Sequence[float],
+        weights: Sequence[torch.Tensor], width: int,
 ) -> Result:
     """As `evolve`, with slow tokens that like patches share. `kept` has the number of each patch's group.
 
@@ -292,45 +284,6 @@ class ReferenceLevit:
             mixed.append(m / m.sum() * g.sum())
         return self.mlp(f'{name}.mlp', self.linear(f'{name}.attn_downsample.proj.ln', outs)), mixed
 
-    def group(self, stage, blocks, xs, gs, heads, ratio):
-        """Some blocks that share one selection; with ratio 1 there is none."""
-        n = len(xs[0]) - 1
-        k = n if ratio == 1 else max(1, int(n * ratio))
-        kept, rest, slow, before = [], [], [], []
-        for x, g in zip(xs, gs if gs is not None else [torch.zeros(n)] * len(xs)):
-            order = sorted(range(n), key=lambda i: -g[i].item())
-            kept.append(order[:k])
-            rest.append(order[k:])
-            parts = [x[[0] + [1 + i for i in kept[-1]]]]
-            if rest[-1] and self.representative:
-                before.append(g[rest[-1]] @ x[1:][rest[-1]] / g[rest[-1]].sum())
-                parts.append(before[-1][None])
-            slow.append(torch.cat(parts))
-        if ratio < 1:
-            self.kept.append([sorted(order) for order in kept])
-        for b in blocks:
-            slow, rows = self.block(f'stages.{stage}.blocks.{b}', slow, heads)
-            a = self.tradeoff()
-            fresh = []
-            for image, row in enumerate(rows):
-                own = row[1:1 + k]
-                if gs is None:
-                    fresh.append(own[torch.tensor(kept[image]).argsort()])
-                    continue
-                g = gs[image].clone()
-                g[kept[image]] = (1 - a) * g[kept[image]] + a * own
-                fresh.append(g)
-            gs = fresh
-        out = []
-        for image, x in enumerate(xs):
-            x = x.clone()
-            if rest[image] and self.representative:
-                for i in rest[image]:
-                    x[1 + i] += slow[image][-1] - before[image]
-            x[[0] + [1 + i for i in kept[image]]] = slow[image][:1 + k]
-            out.append(x)
-        return out, gs
-
     def __call__(self, x):
         """Images (B, in_chans, H, W) to the tokens after each stage and four logits (B, num_classes)."""
         for i in range(1, 5):
@@ -352,7 +305,11 @@ class ReferenceLevit:
                 groups += [([b], self.keep_ratio[stage]) for b in last] if self.layer_wise else [
                     (last, self.keep_ratio[stage])]
             for blocks, ratio in groups:
-                xs, gs = self.group(stage, blocks, xs, gs, heads, ratio)
+                found, gs, kept = run_stage(
+                    lambda b, xs: self.block(f'stages.{stage}.blocks.{b}', xs, heads), blocks, xs, gs, ratio,
+                    lambda b: self.tradeoff(), 1, self.representative)
+                xs = found[-1]
+                self.kept += [kept] if ratio < 1 else []
             after.append(torch.stack(xs))
         mean, cls = torch.stack([x[1:].mean(dim=0) for x in xs]), torch.stack([x[0] for x in xs])
         logits = []

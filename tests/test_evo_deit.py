@@ -1,21 +1,18 @@
 """Evo-DeiT against a plain reference, timm's dense models, and what a user of timm does with a model."""
-import copy
-import inspect
 import zlib
 from itertools import permutations
 
 import pytest
 import timm
 import torch
-from helpers import TINY, assert_same_weights, from_command_line, images, informative_indices, tiny
+from helpers import TINY, from_command_line, images, informative_indices, tiny
 from helpers import build_deit as build
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from reference import image_logits
 from torch.nn import functional as F
 
-import timm_evovit
-from timm_evovit import AssistedLoss, EvoVisionTransformer, informative_tokens
+from timm_evovit import AssistedLoss, informative_tokens
 
 NAME = 'evo_deit_tiny_patch16_224'
 
@@ -73,6 +70,11 @@ def test_reference_runs_more_than_one_kind_of_stage():
     assert (first.block, second.block) == (4, 8)
     assert first.mask.sum(dim=(1, 2)).tolist() == second.mask.sum(dim=(1, 2)).tolist() == [8] * 4
     assert (first.mask != second.mask).any() and (first.mask[0] != first.mask[1]).any()
+    model.set_keep_ratio((0.25, 1))
+    mixed, = informative_tokens(model, images())
+    assert mixed.block == 4 and mixed.mask.sum(dim=(1, 2)).tolist() == [4, 4]
+    model.set_keep_ratio(1e-6)
+    assert all(t.mask.sum(dim=(1, 2)).tolist() == [1, 1] for t in informative_tokens(model, images()))
 
 
 def test_without_class_token():
@@ -124,41 +126,6 @@ def test_figures_of_the_authors_code(selection):
     assert logits_cls[:, :2].flatten().tolist() == pytest.approx(RECORDED[selection][1], abs=2e-6)
 
 
-@pytest.mark.parametrize('selection', ['stage', 'layer'])
-@pytest.mark.parametrize('representative_token', [False, True])
-def test_placeholders_and_raster_order(selection, representative_token):
-    """After the last block: informative tokens changed, placeholders all by the same amount, none moved."""
-    model = build(selection=selection, representative_token=representative_token)
-    x = images(3)
-    with torch.no_grad():
-        before, after = model.forward_intermediates(x, [10, 11], output_fmt='NLC', intermediates_only=True)
-        mask = informative_tokens(model, x)[-1].mask.flatten(1)
-    if selection == 'stage':
-        before = model.forward_intermediates(x, [7], output_fmt='NLC', intermediates_only=True)[0].detach()
-    for b in range(3):
-        change = after[b] - before[b]
-        waited = change[~mask[b]]
-        if representative_token:
-            torch.testing.assert_close(waited, waited[:1].expand_as(waited), rtol=0, atol=1e-5)
-            assert waited.abs().max() > 1e-2
-        else:
-            assert torch.equal(after[b][~mask[b]], before[b][~mask[b]])
-        assert (change[mask[b]].abs().amax(dim=1) > 1e-3).all()
-
-
-def test_permuted_patches_give_permuted_tokens():
-    """Without position embeddings nothing may depend on where a patch lies."""
-    model = build(representative_token=True)
-    torch.nn.init.zeros_(model.pos_embed)
-    x = images(2)
-    patches = x.unflatten(3, (4, 8)).unflatten(2, (4, 8)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    shuffled = patches[:, order].unflatten(1, (4, 4)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-    with torch.no_grad():
-        tokens = model.forward_features(x)[:, 1:]
-        torch.testing.assert_close(model.forward_features(shuffled)[:, 1:], tokens[:, order], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize('kwargs', [
     dict(global_pool='avg'), dict(global_pool='token'), dict(global_pool='max'), dict(global_pool='avgmax'),
     dict(global_pool='map'), dict(global_pool=''), dict(reg_tokens=2), dict(qk_norm=True), dict(init_values=0.1),
@@ -181,20 +148,6 @@ def test_keep_ratio_1_is_timm(kwargs):
         model.set_keep_ratio(1)
         torch.testing.assert_close(model(x), expected)
         torch.testing.assert_close(model.forward_intermediates(x)[1], dense.forward_intermediates(x)[1])
-
-
-@torch.no_grad()
-def test_set_keep_ratio_touches_no_weights():
-    model, x = build(), images()
-    before, half = copy.deepcopy(model), model(x)
-    model.set_keep_ratio((0.25, 1))
-    mixed, = informative_tokens(model, x)
-    assert mixed.block == 4 and mixed.mask.sum(dim=(1, 2)).tolist() == [4, 4]
-    model.set_keep_ratio(1e-6)
-    assert all(t.mask.sum(dim=(1, 2)).tolist() == [1, 1] for t in informative_tokens(model, x))
-    model.set_keep_ratio(0.5)
-    assert torch.equal(model(x), half)
-    assert_same_weights(model, before)
 
 
 @pytest.mark.parametrize('name, with_branch, without', [
@@ -276,11 +229,11 @@ def test_heads_answer_random_halves(batch):
     dict(reg_tokens=1), dict(num_classes=0), dict(img_size=8), dict(global_pool='max'), dict(global_pool='avgmax'),
     dict(fc_norm=False), dict(final_norm=False), dict(patch_drop_rate=0.25), dict(init_values=0.1, qk_norm=True),
 ])
-@pytest.mark.parametrize('batch', [1, 2])
-def test_every_parameter_has_a_gradient(kwargs, batch):
-    model = build(**kwargs).train()
-    model(images(batch, model.patch_embed.img_size)).sum().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+def test_every_parameter_has_a_gradient(kwargs):
+    for batch in (1, 2):
+        model = build(**kwargs).train()
+        model(images(batch, model.patch_embed.img_size)).sum().backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize('representative_token', [False, True])
@@ -301,13 +254,6 @@ def test_gradients_of_training_match_finite_differences(representative_token):
         up = loss()
         parameter.add_(direction, alpha=-2 * step)
         torch.testing.assert_close((up - loss()) / (2 * step), slope, rtol=1e-5, atol=0)
-
-
-def test_checkpointed_features():
-    model = build().train()
-    expected = model.forward_intermediates(images())[1]
-    model.set_grad_checkpointing()
-    torch.testing.assert_close(model.forward_intermediates(images())[1], expected)
 
 
 def test_assisted_head_follows_the_readout():
@@ -341,18 +287,12 @@ def test_features_are_complete_grids_at_every_block(kwargs):
     backbone.model.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(backbone(x), [maps[i] for i in (1, 5, 6)])
     assert torch.equal(model.get_intermediate_layers(x, [5], reshape=True)[0], maps[5])
-
-
-@torch.no_grad()
-def test_forms_of_intermediates():
-    model, x = build(reg_tokens=2), images()
     early, dictionary = [
         model.forward_intermediates(x, [5], stop_early=True, norm=True, intermediates_only=True, output_dict=d)
         for d in (False, True)]
-    torch.testing.assert_close(early[0], dictionary['image_intermediates'][0])
-    assert list(dictionary) == ['image_intermediates']
+    assert list(dictionary) == ['image_intermediates'] and torch.equal(early[0], dictionary['image_intermediates'][0])
     full = model.forward_intermediates(x, [5], return_prefix_tokens=True, output_dict=True)
-    assert full['image_intermediates_prefix'][0].shape == (2, 3, 24)
+    assert full['image_intermediates_prefix'][0].shape == (2, model.num_prefix_tokens, 24)
 
 
 @pytest.mark.parametrize('mask', [dict(attn_mask=torch.ones(16, 16)), dict(is_causal=True)])
@@ -365,7 +305,7 @@ def test_attention_masks_are_refused(mask):
             forward(images(), **mask)
 
 
-@pytest.mark.parametrize('last', range(12))
+@pytest.mark.parametrize('last', [3, 5, 11])
 def test_pruning_keeps_the_evolution(last):
     model = build(representative_token=True)
     x = images()
@@ -375,16 +315,6 @@ def test_pruning_keeps_the_evolution(last):
         torch.testing.assert_close(model.forward_intermediates(x, intermediates_only=True)[-1], expected)
         model.set_keep_ratio(0.25)  # still a working model
         assert all(t.mask.sum() == 2 * 4 for t in informative_tokens(model, x))
-
-
-def test_hooks_fire_as_in_timm():
-    model, calls = build(), []
-    for i, block in enumerate(model.blocks):
-        block.register_forward_hook(lambda module, args, output, i=i: calls.append((i, 'block', output)))
-        block.attn.register_forward_hook(lambda module, args, output, i=i: calls.append((i, 'attn', output)))
-    model(images())
-    assert [call[:2] for call in calls] == [(i, name) for i in range(12) for name in ('attn', 'block')]
-    assert all(torch.is_tensor(output) for _, _, output in calls)  # also where class attention is read
 
 
 def test_an_empty_batch_is_answered():
@@ -413,10 +343,12 @@ def test_drop_rates_train(kwargs):
     assert torch.equal(model(images()), model(images()))
 
 
-def test_meta_device():
-    model = timm.create_model('evo_deit_small', device='meta', dtype=torch.bfloat16)
+@pytest.mark.parametrize('name', ['evo_deit_small', 'evo_levit_128s'])
+def test_meta_device(name):
+    model = timm.create_model(name, device='meta', dtype=torch.bfloat16)
+    model.reset_classifier(7)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
-    assert model(torch.empty(3, 3, 224, 224, device='meta', dtype=torch.bfloat16)).shape == (3, 1000)
+    assert model(torch.empty(3, 3, 224, 224, device='meta', dtype=torch.bfloat16)).shape == (3, 7)
 
 
 def test_initialisation_is_timms():
@@ -490,10 +422,3 @@ def test_arguments_as_a_command_line_gives_them():
         'assisted_cls=False'))
     assert model.keep_ratio == (0.5, 0.7) and model.stage_starts == (4, 8) and model.tradeoff == (0.25,) * 12
     assert model.selection == 'layer' and model.representative_token and model.head_cls is None
-
-
-def test_documented_and_typed():
-    for thing in [getattr(timm_evovit, name) for name in timm_evovit.__all__ if name != '__version__']:
-        assert inspect.getdoc(thing)
-    for method in ('set_keep_ratio', 'set_assisted_training', 'forward_intermediates'):
-        assert inspect.getdoc(getattr(EvoVisionTransformer, method))
