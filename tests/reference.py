@@ -200,7 +200,7 @@ def logits(w: Weights, tokens: torch.Tensor, num_prefix: int) -> Tuple[torch.Ten
 
 def image_logits(model: torch.nn.Module, image: torch.Tensor, heads: int) -> Tuple[torch.Tensor, torch.Tensor, Result]:
     """Logits of both heads for one image (in_chans, H, W), and how it got there, for a square-patched plain model."""
-    w = model.state_dict()
+    w = dict(model.named_parameters())
     weight, bias = w['patch_embed.proj.weight'], w['patch_embed.proj.bias']
     p = weight.shape[-1]
     _, height, width = image.shape

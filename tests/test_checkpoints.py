@@ -128,35 +128,13 @@ def test_the_class_token_branch_is_dropped_where_there_is_none():
     (lambda sd: sd.pop('vs.5.v.bias'), r'qks\.5\.qk\.bias but not vs\.5\.v\.bias'),
     (lambda sd: sd.pop('norm_cls.weight'), r'Missing key.*norm_cls\.weight'),
     (lambda sd: sd.update(surplus=torch.zeros(1)), 'Unexpected key.*surplus'),
-    (lambda sd: sd.update({'blocks.0.norm2.weight': torch.ones(25)}),
-     r'size mismatch for blocks\.0\.norm2\.weight'),
-    (lambda sd: sd.pop('head.weight'), r'Missing key.*head\.weight'),
     (lambda sd: sd.update({'head_cls.weight': torch.ones(7, 24)}), r'size mismatch for head_cls\.weight'),
-    (lambda sd: sd.update({'patch_embed.proj.bias': torch.ones(7)}), r'size mismatch for patch_embed\.proj\.bias'),
 ])
 def test_what_does_not_fit_is_named(damage, message):
     authors = authors_names(build_deit())
     damage(authors)
     with pytest.raises((RuntimeError, ValueError), match=message):
         load(dict(state_dict=authors))
-
-
-def test_what_does_not_fit_is_left_where_that_is_asked_for():
-    authors = authors_names(build_deit())
-    del authors['blocks.3.mlp.fc1.weight']
-    authors['surplus'] = torch.zeros(1)
-    model = load(dict(state_dict=authors), pretrained_strict=False)
-    own, theirs = model.state_dict(), build_deit().state_dict()
-    differing = [k for k in own if not torch.equal(own[k], theirs[k])]
-    assert differing == ['blocks.3.mlp.fc1.weight']
-
-
-def test_a_checkpoint_of_another_model_is_refused():
-    resnet = timm.create_model('resnet18').state_dict()
-    with pytest.raises(RuntimeError, match='(?s)EvoVisionTransformer.*Missing key.*cls_token.*Unexpected .*conv1'):
-        load(dict(state_dict=resnet))
-    with pytest.raises(RuntimeError, match='blocks.6.norm1.weight'):
-        load(dict(state_dict=build_deit(depth=6).state_dict()))
 
 
 def test_a_count_of_epochs_tells_of_class_attention_too(caplog):

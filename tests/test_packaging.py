@@ -1,5 +1,4 @@
 """What is built and installed: source distribution, wheel, metadata."""
-import json
 import re
 import shutil
 import subprocess
@@ -7,7 +6,7 @@ import sys
 import tarfile
 import textwrap
 import zipfile
-from importlib.metadata import Distribution, distribution, packages_distributions
+from importlib.metadata import Distribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -121,15 +120,3 @@ def test_requires_what_it_imports(metadata, wheel):
                 continue
             names = {d.lower().replace('_', '-') for d in distributions.get(name, [name])}
             assert names & (required | optional if in_function else required), f'{path.name} imports {name}'
-
-
-def test_what_is_tested_is_what_is_installed():
-    """After a plain `pip install .`: no file was edited or left behind by an earlier build since."""
-    installed = distribution('timm-evovit')
-    if json.loads(installed.read_text('direct_url.json') or '{}').get('dir_info', {}).get('editable'):
-        pytest.skip('timm-evovit is installed as editable, so its files are those of a checkout')
-    files = {f.as_posix(): f.read_text() for f in installed.files if f.parts[0] == 'timm_evovit' and f.suffix == '.py'}
-    package = Path(timm_evovit.__file__).parent
-    for tree in (package, ROOT / 'timm_evovit'):
-        here = {p.relative_to(tree.parent).as_posix(): p.read_text() for p in tree.rglob('*.py')}
-        assert here == files, f'{tree} is not what is installed: pip install again'

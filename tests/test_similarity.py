@@ -1,10 +1,12 @@
 """Matching and grouping of tokens, against plain references."""
+from itertools import product
+
 import pytest
 import reference
 import torch
 from torch.nn import functional as F
 
-from timm_evovit.similarity import checkerboard, group_tokens, match_tokens, run_blocks
+from timm_evovit.similarity import group_tokens, match_tokens, run_blocks
 from timm_evovit.tokens import as_fraction
 
 
@@ -27,40 +29,6 @@ def test_ties_are_resolved_by_position():
     tokens = torch.cat([torch.ones(2, 8, 4), random_tokens(3, 8, 4)])
     assert groups(tokens, 6)[:2].tolist() == [[0, 0, 0, 1, 2, 3, 4, 5]] * 2
     assert torch.equal(groups(tokens[3:4], 5)[0], groups(tokens, 5)[3])
-
-
-def test_tokens_that_are_like_no_other():
-    """Of opposite tokens the least opposite ones are joined."""
-    tokens = torch.tensor([[[1., 0.], [-0.5, 0.87], [0.6, -0.8], [-1., 0.]]])  # best -0.5 with the second, -0.6 the last
-    assert groups(tokens, 3).tolist() == [[0, 0, 1, 2]]
-
-
-@pytest.mark.parametrize('height, width', [(1, 4), (3, 3), (3, 4), (4, 6), (2, 5)])
-def test_the_sides_of_the_matching_are_a_checkerboard(height, width):
-    """Each pair that two rows of the order make is of both colours."""
-    order = checkerboard(torch.arange(height * width), width)
-    colours = (order // width + order % width) % 2
-    assert sorted(order.tolist()) == list(range(height * width))
-    assert torch.equal(colours, torch.arange(height * width) % 2)
-
-
-def test_patches_are_joined_up_and_down():
-    """Rows of a grid of even width differ, columns do not: in raster order no two like patches could be joined."""
-    tokens = torch.eye(4)[torch.arange(16) % 4].unsqueeze(0)
-    mixed = []
-    for width in (4, None):
-        found = group_tokens(tokens, None, 0, 16, (1, 2), width=width)[0].slow_idx[0]
-        assert len(found.unique()) == 8
-        mixed.append(any(len({j % 4 for j in range(16) if found[j] == g}) > 1 for g in range(8)))
-    assert mixed == [False, True]
-
-
-def test_large_groups_are_joined_last():
-    """A token of eight patches is nearer, and is left alone."""
-    tokens = torch.tensor([[[1., 0.], [1., 0.05], [0., 1.], [0.1, 1.]]])
-    sizes = torch.tensor([[[8., 8., 1., 1.]]])
-    assert group_tokens(tokens, None, 0, 4, (3, 4))[0].slow_idx.tolist() == [[0, 0, 1, 2]]
-    assert group_tokens(tokens, sizes, 0, 4, (3, 4))[0].slow_idx.tolist() == [[0, 1, 2, 2]]
 
 
 def test_large_tokens_in_half_precision():
@@ -91,18 +59,21 @@ def test_pairs_of_bfloat16_tokens_are_those_of_float64(autocast):
     assert (2 * scores.argmax(dim=2) + 1 == partner).float().mean() < 0.9  # the test can fail
 
 
-@pytest.mark.parametrize('n', [1, 2, 3, 9, 16])
-def test_groups_and_means_are_those_of_the_reference(n):
+@pytest.mark.parametrize('n, width', [(1, 1), (2, 1), (3, 3), (9, 1), (9, 3), (12, 4), (16, 4), (10, 5)])
+def test_groups_and_means_are_those_of_the_reference(n, width):
+    """Of tokens as they are in the first round, of a checkerboard, and of groups of several patches."""
     x, weight = random_tokens(3, 2 + n, 8).double(), random_tokens(8, seed=1).double()
-    for count in range(max(1, n // 2), n + 1):
-        grouping, sizes = group_tokens(x, None, 2, n, (count, n), channel_weight=weight)
+    patches = torch.randint(1, 4, (n,), generator=torch.Generator().manual_seed(2)).tolist()
+    for own, count in product(([1] * n, patches), range(max(1, n // 2), n + 1)):
+        before = None if own is not patches else torch.tensor([1, 1, *own]).double().expand(3, 1, -1)
+        grouping, sizes = group_tokens(x, before, 2, n, (count, n), channel_weight=weight, width=width)
         for image, slow, slow_idx, size in zip(x, grouping.slow, grouping.slow_idx, sizes[:, 0]):
-            groups, means = reference.match(list(image[2:]), count, weight=weight)
+            groups, means = reference.match(list(image[2:]), count, own, weight, width)
             members = [[0], [1]] + [[2 + j for j in group] for group in groups]
             assert [sorted(group) for group in members] == [
                 (slow_idx == g).nonzero().flatten().tolist() for g in range(2 + count)]
             torch.testing.assert_close(slow, torch.stack([*image[:2], *means]))
-            assert size.tolist() == [len(group) for group in members]
+            assert size.tolist() == [1, 1] + [sum(own[j] for j in group) for group in groups]
 
 
 def test_large_groups_in_bfloat16(monkeypatch):

@@ -11,14 +11,10 @@ import timm_evovit.attention
 EPOCHS, LAYERWISE = 4, 2
 
 
-def model_of(family, **kwargs):
-    return build('evo_deit_tiny' if family == 'deit' else 'evo_levit_128s', **kwargs)
-
-
 @both_families
 def test_the_phase_follows_from_the_state(family):
     """Flags that are set by hand, module by module, as Lightning does after validation, have the effect of train()."""
-    model = model_of(family, layer_to_stage_epochs=3)
+    model = build(family, layer_to_stage_epochs=3)
     model.train()
     modes = {name: module.training for name, module in model.named_modules()}
     x = images_for(model, 4)
@@ -51,7 +47,7 @@ def test_compiled_once_for_each_phase(family):
         graphs.append(graph)
         return graph
 
-    model = model_of(family, layer_to_stage_epochs=2)
+    model = build(family, layer_to_stage_epochs=2)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     x = images_for(model, 4)
     counts = []
