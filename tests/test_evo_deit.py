@@ -267,17 +267,6 @@ def test_set_input_size_and_dynamic_sizes():
         build()(images(1, (40, 40)))
 
 
-@pytest.mark.parametrize('kwargs', [dict(patch_drop_rate=0.5), dict(
-    drop_rate=0.1, pos_drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2,
-    representative_token=True)])
-def test_drop_rates_train(kwargs):
-    model = build(**kwargs).train()
-    a, b = model(images()), model(images())
-    assert a.shape == (2, 10) and not torch.equal(a, b)
-    model.eval()
-    assert torch.equal(model(images()), model(images()))
-
-
 def test_initialisation_is_timms():
     torch.manual_seed(0)
     model = timm.create_model(NAME, **TINY)

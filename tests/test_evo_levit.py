@@ -139,18 +139,6 @@ def test_figures_of_the_authors_code(selection):
     assert got == pytest.approx(RECORDED[selection], rel=0, abs=2e-6)
 
 
-@torch.no_grad()
-def test_keep_ratio_1_selects_nothing():
-    """How tokens would be selected no longer matters."""
-    model, x = build(), images()
-    half = model(x)
-    model.set_keep_ratio(1)
-    assert informative_tokens(model, x) == [] and not torch.allclose(model(x), half, rtol=1e-3)
-    dense = build(selection='layer', representative_token=False, tradeoff=0.3, keep_ratio=1)
-    dense.load_state_dict(model.state_dict(), strict=False)
-    torch.testing.assert_close(dense(x), model(x))
-
-
 def test_attention_that_nothing_reads_is_not_computed(monkeypatch):
     calls = []
     original = attention.class_attention
@@ -192,29 +180,6 @@ def test_outputs_of_training():
     assert torch.is_tensor(alone(x))
     alone.set_distilled_training()
     assert len(alone(x)) == 2
-
-
-def test_loss_of_the_recipe():
-    model = build().train()
-    model.set_distilled_training()
-    model.set_assisted_training()
-    x, target, teacher = images(4), torch.arange(4), torch.arange(4).flip(0)
-
-    def distillation(output, y):
-        return (F.cross_entropy(output[0], y) + F.cross_entropy(output[1], teacher)) / 2
-
-    (main, dist), (main_cls, dist_cls) = output = model(x)
-    ce = F.cross_entropy
-    expected = (ce(main, target) + ce(main_cls, target)) / 4 + (ce(dist, teacher) + ce(dist_cls, teacher)) / 4
-    torch.testing.assert_close(AssistedLoss(distillation)(output, target), expected)
-
-
-def test_tradeoff_learns_where_it_decides():
-    """Through the weights of representative tokens: not in block 0, nor after the last selection."""
-    model = build(img_size=96).train()
-    model(images(4, (96, 96))).square().sum().backward()
-    assert (model.tradeoff.grad != 0).tolist() == [False] + [True] * 7 + [False] * 2
-    assert model.stages[2].blocks[0].attn.qkv.linear.weight.grad.abs().max() > 0
 
 
 # What timm does with a model

@@ -11,7 +11,7 @@ import timm
 import torch
 from helpers import build, images, images_for
 from timm.models.naflexvit import NaFlexVit
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
@@ -119,25 +119,6 @@ def test_hooks_see_slow_tokens():
     dense.blocks[4].attn.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     evolve(dense, (0.5, 0.25), (1, 3))(images_for(dense))
     assert shapes == [(3, 1 + 4, 24)]
-
-
-@torch.no_grad()
-def test_attention_of_ones_own():
-    class Own(Attention):
-        def forward(self, x, attn_mask=None, is_causal=False):
-            return super().forward(x, attn_mask=attn_mask)
-
-    class Without(Attention):
-        def forward(self, x):
-            return super().forward(x)
-
-    dense = build('vit_base_patch16_224', depth=6, attn_layer=Own)
-    plain = build_kind()
-    plain.load_state_dict(dense.state_dict())
-    x = images_for(dense)
-    assert torch.equal(evolve(dense, 0.5)(x), evolve(plain, 0.5)(x))
-    with pytest.raises(TypeError, match='attn_mask'):
-        evolve(build('vit_base_patch16_224', depth=6, attn_layer=Without), 0.5)(x)
 
 
 # Two views of one model
