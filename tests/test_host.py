@@ -1,4 +1,6 @@
-"""Nothing waits for the device or is copied to it in a forward pass, which CUDA graphs would not survive either."""
+"""On the device that there is: right logits in every type, and nothing that makes the host wait for it."""
+import copy
+
 import pytest
 import timm
 import torch
@@ -6,6 +8,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_evovit import evolve
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+DEIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3)
+LEVIT = dict(img_size=64, embed_dim=(16, 24, 32), key_dim=8, num_heads=(2, 3, 4), depth=(3, 1, 1))
+
+
+@pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('dtype, precision', [
+    (torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 1e-1)], ids=str)
+@pytest.mark.parametrize('name, dense_name, kwargs', [
+    ('evo_deit_small', 'deit_small_patch16_224', DEIT), ('evo_vit', 'vit_small_patch16_224', DEIT),
+    ('evo_levit_256', None, LEVIT)])
+def test_logits_on_the_device(name, dense_name, kwargs, dtype, precision, compiled):
+    """Against those in float64 on the CPU and, at keep ratio 1, those of timm's dense model on the same device."""
+    def difference(forward, expected):
+        return (forward(x).double().cpu() - expected.double().cpu()).abs().max() / expected.abs().max().cpu()
+
+    def forward(model):
+        return torch.compile(model, fullgraph=True, backend='inductor' if DEVICE == 'cuda' else 'aot_eager')
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).eval()
+    images = torch.randn(2, 3, kwargs['img_size'], kwargs['img_size'])
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        expected = copy.deepcopy(model).double()(images.double())
+        model, x = model.to(DEVICE, dtype), images.to(DEVICE, dtype)
+        assert difference(forward(model) if compiled else model, expected) < precision
+        if dense_name:  # Evo-LeViT has a class token and no attention biases: no dense model equals it
+            readout = {'global_pool': 'avg'} if name == 'evo_deit_small' else {}
+            dense = timm.create_model(dense_name, **kwargs, **readout).eval().to(DEVICE, dtype)
+            dense.load_state_dict({k: v for k, v in model.state_dict().items() if k in dense.state_dict()})
+            model.set_keep_ratio(1.)
+            assert difference(forward(model) if compiled else model, dense(x)) < precision
 
 
 class HostTensors(TorchDispatchMode):
