@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Segmentation on the feature maps of Evo-DeiT and of dense DeiT, trained from scratch: mean IoU and speed.
 
-    python benchmarks/dense_features.py --seeds 0 1 2 --tome ToMe --output benchmarks/results/dense_features.json \\
-        --picture segmentation.png
+    python benchmarks/dense_features.py --seeds 0 1 2 --tome ToMe --output benchmarks/results/dense_features.json
 
 scikit-learn's handwritten zeros and ones are scattered over textures of scikit-image; every pixel is background, zero
 or one. Both backbones are timm's `features_only` models under the same small head, and take turns on the same images.
@@ -13,7 +12,7 @@ without finding out which one that is, as fast as any code that does can be.
 """
 import argparse
 import copy
-import sys
+import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -35,24 +34,7 @@ SIZE = 64
 CLASSES = ('background', 'zero', 'one')
 BACKBONES = ('deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224')
 
-
-def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=400)
-    parser.add_argument('--batch-size', type=int, default=16)
-    parser.add_argument('--lr', type=float, default=2e-3)
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0])
-    parser.add_argument('--images', type=int, default=256, help='number of images to validate on')
-    parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--similarity', type=float, nargs='*', default=[0.7, 0.6, 0.5, 0.4], help='keep ratios')
-    parser.add_argument('--tome', type=Path, metavar='CHECKOUT', help='of ToMe')
-    parser.add_argument(
-        '--merged', type=float, nargs='*', default=[0.5, 0.625, 0.75, 0.875, 0.95],
-        help='parts of the patches that ToMe merges')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
-    parser.add_argument('--picture', type=Path, metavar='PNG', help='draw what the models of the last seed predict')
-    return parser.parse_args(argv)
+MERGED = (0.5, 0.625, 0.75, 0.875, 0.95)  # parts of the patches that ToMe merges
 
 
 class Scenes:
@@ -80,10 +62,10 @@ class Scenes:
             label[window][stroke > 0.4] = 1 + self.targets[i]
         return image, label
 
-    def batch(self, size: int, device: str) -> Tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, size: int) -> Tuple[torch.Tensor, torch.Tensor]:
         images, labels = map(np.stack, zip(*(self.draw() for _ in range(size))))
         x = torch.from_numpy(images).float().unsqueeze(1).expand(-1, 3, -1, -1) * 2 - 1
-        return x.contiguous().to(device), torch.from_numpy(labels).to(device)
+        return x.contiguous(), torch.from_numpy(labels)
 
 
 class Segmenter(nn.Module):
@@ -125,7 +107,7 @@ class MergedMaps(nn.Module):
             if i in self.out_indices:
                 source = model._tome_info['source']
                 idx = torch.arange(N).expand(B, N) % x.shape[1] if source is None else source.argmax(dim=1)
-                full = x.gather(1, idx.to(x.device).unsqueeze(2).expand(-1, -1, C))[:, 1:]
+                full = x.gather(1, idx.unsqueeze(2).expand(-1, -1, C))[:, 1:]
                 maps.append(full.transpose(1, 2).unflatten(2, model.patch_embed.grid_size))
         return maps
 
@@ -134,7 +116,7 @@ def without_training(dense: Segmenter, args: argparse.Namespace, trace: bool) ->
     """The dense model with other backbones, by method."""
     backbones = {f'similarity {ratio}': evolve(dense.backbone, ratio) for ratio in args.similarity}
     if args.tome:
-        for merged in args.merged:
+        for merged in MERGED:
             backbones[f'ToMe {merged}'] = MergedMaps(dense.backbone, merged, args.tome, trace)
     models = {}
     for name, backbone in backbones.items():
@@ -145,83 +127,59 @@ def without_training(dense: Segmenter, args: argparse.Namespace, trace: bool) ->
 
 def iou(predicted: torch.Tensor, labels: torch.Tensor) -> List[float]:
     """Intersection over union of each class, in percent."""
-    return [
-        100 * ((predicted == c) & (labels == c)).sum().item() / ((predicted == c) | (labels == c)).sum().item()
-        for c in range(len(CLASSES))
-    ]
+    pairs = [(predicted == c, labels == c) for c in range(len(CLASSES))]
+    return [100 * (a & b).sum().item() / (a | b).sum().item() for a, b in pairs]
 
 
-def draw(images: torch.Tensor, maps: Dict[str, torch.Tensor], path: Path) -> None:
-    """Images above maps of their classes."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1 + len(maps), len(images), figsize=(1.2 * len(images) + 1.5, 1.25 * (1 + len(maps))))
-    rows = {'image': images.permute(0, 2, 3, 1).cpu() / 2 + 0.5, **{name: m.cpu() for name, m in maps.items()}}
-    for (label, pictures), line in zip(rows.items(), axes):
-        for axis, picture in zip(line, pictures):
-            axis.imshow(picture, vmin=0, vmax=len(CLASSES) - 1)
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(label.replace('_patch', '\npatch'), rotation=0, ha='right', va='center', fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def train(seed: int, args: argparse.Namespace) -> Tuple[Dict[str, Segmenter], Dict[str, List[float]]]:
-    """Models trained in turns on the same images, and the seconds of their steps."""
+def train(seed: int, args: argparse.Namespace) -> Dict[str, Segmenter]:
+    """Both models, trained on the same images."""
     models, optimizers, schedulers = {}, {}, {}
     for name in BACKBONES:
         torch.manual_seed(seed)
-        models[name] = Segmenter(name).to(args.device)
-        optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=args.lr, weight_decay=0.05)
-        schedulers[name] = torch.optim.lr_scheduler.OneCycleLR(optimizers[name], args.lr, total_steps=args.steps)
+        models[name] = Segmenter(name)
+        optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=2e-3, weight_decay=0.05)
+        schedulers[name] = torch.optim.lr_scheduler.OneCycleLR(optimizers[name], 2e-3, total_steps=args.steps)
     scenes = Scenes(slice(0, 1437), seed)
-    seconds: Dict[str, List[float]] = {name: [] for name in models}
-    for i in tqdm(range(args.steps), f'seed {seed}', unit='step', disable=None):
-        x, y = scenes.batch(args.batch_size, args.device)
-        for name in list(models) if i % 2 else reversed(list(models)):
-            start = harness.now(args.device)
-            F.cross_entropy(models[name](x), y).backward()
+    for _ in tqdm(range(args.steps), f'seed {seed}', unit='step', disable=None):
+        x, y = scenes.batch(args.batch_size)
+        for name, model in models.items():
+            F.cross_entropy(model(x), y).backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
-            seconds[name].append(harness.now(args.device) - start)
             schedulers[name].step()
-    return models, seconds
+    return models
 
 
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
-    args = parse_args(argv)
-    report = harness.Report('dense_features', args.output, args.device, sys.argv[1:] if argv is None else argv)
-    images, labels = Scenes(slice(1437, None), 1).batch(args.images, args.device)
+    parser = harness.parser(__doc__)
+    parser.add_argument('--steps', type=int, default=400)
+    parser.add_argument('--batch-size', type=int, default=16)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0])
+    parser.add_argument('--images', type=int, default=256, help='number of images to validate on')
+    parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--similarity', type=float, nargs='*', default=[0.7, 0.6, 0.5, 0.4], help='keep ratios')
+    parser.add_argument('--tome', type=Path, metavar='CHECKOUT', help='of ToMe')
+    args = parser.parse_args(argv)
+    report = harness.Report('dense_features', args.output, argv=argv)
+    images, labels = Scenes(slice(1437, None), 1).batch(args.images)
     for seed in args.seeds:
-        models, training = train(seed, args)
+        models = train(seed, args)
         dense = models[BACKBONES[0]].eval()
         timed = {**models, **without_training(dense, args, trace=False)}
         models.update(without_training(dense, args, trace=True))
-        predicted = {}
         with torch.inference_mode():
-            for name, model in models.items():
-                predicted[name] = torch.cat([model.eval()(x).argmax(dim=1) for x in images.split(32)])
-            inference = harness.time_in_turns(
-                {name: lambda model=model: model(images[:64]) for name, model in timed.items()}, args.rounds, 1, 0.,
-                args.device)
+            predicted = {name: torch.cat([model.eval()(x).argmax(dim=1) for x in images.split(32)])
+                         for name, model in models.items()}
+            times = harness.time_in_turns(
+                {name: lambda model=model: model(images[:64]) for name, model in timed.items()}, args.rounds, 1, 0.)
         for name in models:
             values = iou(predicted[name], labels)
             row = {
-                'model': name, 'baseline': BACKBONES[0], 'seed': seed, 'steps': args.steps, 'device': args.device,
-                'iou': dict(zip(CLASSES, values)), 'mean_iou': sum(values) / len(values),
+                'model': name, 'baseline': BACKBONES[0], 'seed': seed, 'steps': args.steps,
+                'iou': dict(zip(CLASSES, values)), 'mean_iou': statistics.mean(values),
                 'multiply_adds': harness.multiply_adds(timed[name], (3, SIZE, SIZE)),
-                **harness.summarize(inference[name], inference[BACKBONES[0]], min(64, args.images)),
-            }
-            if name in training:
-                faster = harness.summarize(training[name], training[BACKBONES[0]], args.batch_size)
-                row['training_speed_up'] = faster['speed_up']
+                **harness.summarize(times[name], times[BACKBONES[0]], min(64, args.images))}
             report.add(row)
-            print(f'seed {seed}  {name:28} mean IoU {row["mean_iou"]:.2f} %  speed-up {row["speed_up"]:.2f}')
-    if args.picture:
-        draw(images[:8], {'truth': labels[:8], **{name: predicted[name][:8] for name in BACKBONES}}, args.picture)
     return report.data
 
 

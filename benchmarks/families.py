@@ -7,11 +7,9 @@ and Beit and VisionTransformerRelPos, which do not.
 Models are built without weights on the meta device. A model evolves if it runs forward with groups of patches in its
 last block. It is refused for the reason that `evolve` gives.
 """
-import argparse
 import re
 import sys
-from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, Optional
 
 import harness
 import timm
@@ -36,12 +34,6 @@ FAMILIES = {  # the first whose pattern is found in the name of an architecture
 }
 
 
-class Architecture(NamedTuple):
-    name: str
-    family: str
-    refused: Optional[str]  # why it does not evolve
-
-
 @torch.inference_mode()
 def why_refused(model: torch.nn.Module) -> Optional[str]:
     """Why a model on the meta device does not evolve, None if it does.
@@ -54,12 +46,8 @@ def why_refused(model: torch.nn.Module) -> Optional[str]:
     except (TypeError, ValueError) as e:
         return str(e)
     lengths: List[int] = []
-
-    def note_length(module: torch.nn.Module, args: Any) -> None:
-        lengths.append(args[0].shape[1])
-
     for block in (evolved.blocks[0], evolved.blocks[-1]):
-        block.register_forward_pre_hook(note_length)
+        block.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     evolved(torch.empty(1, *harness.input_size(model), device='meta'))
     first, last = lengths
     if last >= first:
@@ -67,9 +55,9 @@ def why_refused(model: torch.nn.Module) -> Optional[str]:
     return None
 
 
-def walk() -> List[Architecture]:
-    """Every architecture of these classes that timm registers."""
-    found = []
+def main(argv: Optional[List[str]] = None) -> None:
+    args = harness.parser(__doc__).parse_args(argv)
+    families: Dict[str, Dict[str, Any]] = {}
     for name in timm.list_models():
         module = sys.modules[model_entrypoint(name).__module__]
         if module.__name__.startswith('timm_evovit') or not any(hasattr(module, c.__name__) for c in CLASSES):
@@ -77,24 +65,15 @@ def walk() -> List[Architecture]:
         model = timm.create_model(name, device='meta')
         if type(model) in CLASSES:
             family = next(f for f, pattern in FAMILIES.items() if re.search(pattern, name))
-            found.append(Architecture(name, family, why_refused(model)))
-    return found
-
-
-def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
-    args = parser.parse_args(argv)
-    report = harness.Report('families', args.output)
-    families: Dict[str, List[Architecture]] = {}
-    for architecture in walk():
-        families.setdefault(architecture.family, []).append(architecture)
-    for family, members in sorted(families.items()):
-        row = dict(
-            model=family, architectures=len(members), evolve=sum(m.refused is None for m in members),
-            such_as=members[0].name, refused={m.name: m.refused for m in members if m.refused})
+            row = families.setdefault(
+                family, dict(model=family, architectures=0, evolve=0, such_as=name, refused={}))
+            reason = why_refused(model)
+            row['architectures'] += 1
+            row['evolve'] += reason is None
+            row['refused'].update({name: reason} if reason else {})
+    report = harness.Report('families', args.output, argv=argv)
+    for _, row in sorted(families.items()):
         report.add(row)
-        print('{model}: {evolve} of {architectures} evolve'.format(**row))
 
 
 if __name__ == '__main__':

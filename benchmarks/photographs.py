@@ -15,7 +15,6 @@ after the last norm. Those of ToMe are divided by, at the same share of multiply
 geometric mean of the ratio of a picture with the standard error of its logarithm. Saliency is the correlation of the
 package's own map, drawn from the patches, with that of the dense model.
 """
-import argparse
 import random
 import subprocess
 import sys
@@ -120,40 +119,37 @@ def errors(found: torch.Tensor, dense: torch.Tensor, decoder: Dict[str, torch.Te
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument('photographs', type=Path, help='folder')
     parser.add_argument('--limit', type=int, default=300, help='take so many')
     parser.add_argument('--tome', type=Path, required=True, metavar='CHECKOUT', help='of ToMe')
     parser.add_argument('--pitome', type=Path, metavar='CHECKOUT', help='of PiToMe')
-    parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
     args = parser.parse_args(argv)
-    report = harness.Report('photographs', args.output, argv=sys.argv[1:] if argv is None else argv)
+    report = harness.Report('photographs', args.output, argv=argv)
     files = sorted(p for p in args.photographs.rglob('*') if p.suffix.lower() in ('.jpg', '.jpeg', '.png'))
     random.Random(0).shuffle(files)
     files = files[-args.limit:]  # the settings of the method were chosen with the first 120
     transform = create_transform(224, interpolation='bicubic', crop_pct=0.875)
-    images = torch.stack([transform(Image.open(p).convert('RGB')) for p in files])
+    images = torch.stack([transform(Image.open(p).convert('RGB'))
+                          for p in files[::max(1, len(files) // args.limit)][:args.limit]])
     dense = load()
     expected = features(dense, images)
     for kept, merged, left in SETTINGS:
         models = {'ToMe': tome(dense, merged, args.tome).eval(), 'similarity': evolve(dense, kept)}
         if args.pitome:
             models['PiToMe'] = pitome(dense, left, args.pitome).eval()
-        base = None
-        for method, model in models.items():
-            of = errors(features(model, images), expected, dense.decoder)
-            base = of if base is None else base
+        found = {method: errors(features(model, images), expected, dense.decoder) for method, model in models.items()}
+        for method, of in found.items():
             row: Dict[str, Any] = dict(
-                method=method, share=share(model, dense), pictures=len(images),
+                method=method, share=share(models[method], dense), pictures=len(images),
                 saliency=of.pop('saliency').mean().item())
             for name, error in of.items():
-                ratio = (error / base[name]).log()
+                ratio = (error / found['ToMe'][name]).log()
                 row.update({
-                    name: error.mean().item(), f'{name}, of ToMe': (error.mean() / base[name].mean()).item(),
+                    name: error.mean().item(), f'{name}, of ToMe': (error.mean() / found['ToMe'][name].mean()).item(),
                     f'{name}, geometric': ratio.mean().exp().item(),
                     f'{name}, geometric error': ratio.std().item() / len(ratio) ** 0.5})
             report.add(row)
-            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
 
 if __name__ == '__main__':

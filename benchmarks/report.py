@@ -1,350 +1,338 @@
 #!/usr/bin/env python3
 """Write the tables and plots of the documentation from the files in benchmarks/results.
 
-    python benchmarks/report.py            # write them
-    python benchmarks/report.py --check    # fail if a page or a plot is not what the results say
+    python benchmarks/report.py                              # README.md and all pages of docs/
+    python benchmarks/report.py --accuracy output/cifar10    # only print the tables of runs of accuracy.py
 
-A page marks where a table or a plot goes; what is between the marks is replaced:
+A page marks where a table goes, which replaces what is between the marks, and which file a plot is drawn to:
 
-    <!-- table: speed mode=inference model=evo_deit_* -->
+    <!-- table: speed file=speed-cpu batch_size=32,8 -->
     <!-- end -->
-    <!-- plot: speed speed.png file=speed-cpu -->
-    <!-- end -->
+    <!-- plot: speed docs/speed.png file=speed-cpu -->
 
-The first word names one of the tables (speed, dense_features, flops, models, families, families_refused,
-without_training, finetuned, kernels, newcomer, sweep, accuracy, accuracy_speed) or plots (speed, top1,
-without_training, sweep, accuracy). A plot goes to the file named next, beside the page. Conditions choose rows:
-`KEY=PATTERN[,PATTERN]` compares a value of the row with shell patterns, `file=` the name of the result file without
-`.json`. By default all files are taken whose name starts with that of the benchmark, for accuracy all in the folder of
-that name. A mark stays empty as long as there is no such file.
+The first word is a key of TABLES or PLOTS; the name of a plot's file follows. The others choose rows by their values,
+and `file` result files by how their names begin, by default like the first word.
+
+Runs of accuracy.py with one configuration make one table, each paired with the dense baseline of the same seed. Of the
+difference to that there are two 95 % intervals: over seeds says how much another seed might change it; over images, by
+the paired predictions averaged over the seeds, how much other pictures might.
 """
 import argparse
-import hashlib
+import base64
 import json
 import math
 import re
 import statistics
-from fnmatch import fnmatchcase
+import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
-import accuracy_report
+import harness
 import matplotlib
 import numpy as np
 import timm
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
-from PIL import Image
+from matplotlib.ticker import FixedLocator
+from scipy import stats
 
+from timm_evovit.hub import PUBLISHED
 from timm_evovit.tools import sweep
 
 matplotlib.use('Agg')
 ROOT = Path(__file__).parent.parent
-MARK = re.compile(r'(<!-- (table|plot): ([^>]*?) -->\n)(.*?)(<!-- end -->)', re.DOTALL)
-TOP1 = {  # ImageNet-1k in the papers of Evo-ViT, DeiT and LeViT; LeViT's of 1000 epochs, Evo-LeViT's of 300
-    'evo_deit_tiny_patch16_224': 72.0, 'evo_deit_small_patch16_224': 79.4, 'evo_deit_base_patch16_224': 81.3,
-    'evo_deit_base_patch16_384': 82.0, 'evo_levit_128s': 73.0, 'evo_levit_128': 74.4, 'evo_levit_192': 76.8,
-    'evo_levit_256': 78.8, 'evo_levit_384': 80.7, 'evo_levit_256_384': 81.1, 'evo_levit_384_384': 82.2,
+RESULTS = ROOT / 'benchmarks' / 'results'
+TABLE = re.compile(r'(<!-- table: ([^>]*) -->\n).*?(<!-- end -->)', re.DOTALL)
+PLOT = re.compile('<!-- plot: ([^ ]*) ([^ ]*)([^>]*) -->')
+TOP1 = {  # ImageNet-1k in the papers; LeViT's of 1000 epochs, Evo-LeViT's of 300
+    **{name: top1 for name, (top1, _) in PUBLISHED.items()},
     'deit_tiny_patch16_224': 72.2, 'deit_small_patch16_224': 79.8, 'deit_base_patch16_224': 81.8,
     'deit_base_patch16_384': 83.1,
     'levit_128s': 76.6, 'levit_128': 78.6, 'levit_192': 80.0, 'levit_256': 81.6, 'levit_384': 82.6,
 }
-FILES = {'top1': 'speed*', 'families_refused': 'families*', 'accuracy': 'accuracy/*', 'accuracy_speed': 'accuracy/*'}
-LABELS = {'similarity': 'evolve, by similarity', 'attention': "Evo-DeiT, by class attention (paper's)"}
+TIMED = ('family', 'epochs', 'batch_size', 'img_size', 'patch_size', 'width', 'depth', 'heads', 'amp', 'no_fused_attn')
 Row = Dict[str, Any]
 
 
-class Mark(NamedTuple):
-    """What a page asks for."""
-    kind: str  # 'table' or 'plot'
-    name: str
-    file: Optional[str]  # of a plot
-    conditions: Dict[str, str]
+def read(results: Path, name: str, **conditions: str) -> List[Row]:
+    """Rows that a mark asks for, each with its file under 'of' and its baseline under 'dense'.
 
-
-def parse_mark(kind: str, text: str) -> Mark:
-    name, *words = text.split()
-    known = TABLES if kind == 'table' else PLOTS
-    if name not in known:
-        raise ValueError(f"<!-- {kind}: {text} -->: there is no {kind} {name!r}, but {', '.join(known)}")
-    file = words.pop(0) if kind == 'plot' and words and words[0].endswith('.png') else None
-    if kind == 'plot' and file is None:
-        raise ValueError(f'<!-- {kind}: {text} -->: name a PNG file after {name!r}')
-    if wrong := [word for word in words if '=' not in word]:
-        raise ValueError(f'<!-- {kind}: {text} -->: conditions are KEY=PATTERN, got {wrong[0]!r}')
-    return Mark(kind, name, file, dict(word.split('=', 1) for word in words))
-
-
-def matches(value: Any, patterns: str) -> bool:
-    text = '' if value is None else str(value)
-    return any(fnmatchcase(text, pattern) for pattern in patterns.split(','))
-
-
-def select(mark: Mark, results: Path) -> List[Row]:
-    """Rows of the result files that a mark asks for, each with what its run was made with under 'of'.
+    Baselines of speed.py are in the rows of others only. A run of accuracy.py is one row.
 
     Raises:
-        FileNotFoundError: There are no such files.
-        ValueError: They have no such rows.
+        ValueError: There are none.
     """
-    conditions = dict(mark.conditions)
-    files = conditions.pop('file', FILES.get(mark.name, f'{mark.name}*'))
-    paths = [path for path in sorted(results.rglob('*.json'))
-             if matches(path.relative_to(results).as_posix().removesuffix('.json'), files)]
-    if not paths:
-        raise FileNotFoundError(f'{results.name} has no file {files}.json')
-    rows = []
-    for path in paths:
-        report = json.loads(path.read_text())
-        if 'rows' not in report:  # of accuracy.py
-            rows.append({**report['configuration'], 'report': report})
-            continue
-        of = {key: value for key, value in report.items() if key != 'rows'}
-        of['by_run'] = {(row.get('run'), row.get('seed'), row.get('model')): row for row in report['rows']}
-        rows += [{**row, 'of': of} for row in report['rows']]
-    unknown = [key for key in conditions if not any(key in row for row in rows)]
-    if rows and unknown:
-        raise ValueError(f'{mark.kind} {mark.name}: no row has {unknown[0]!r}')
-    rows = [row for row in rows if all(key in row and matches(row[key], p) for key, p in conditions.items())]
+    prefix, rows = conditions.pop('file', name), []
+    for path in sorted(results.rglob('*.json')):
+        if path.relative_to(results).as_posix().startswith(prefix):
+            of = json.loads(path.read_text())
+            found = of.get('rows', [of.get('configuration')])
+            by_run = {(row.get('run'), row.get('seed'), row.get('model')): row for row in found}
+            rows += [{**row, 'of': of, 'dense': by_run.get((row.get('run'), row.get('seed'), row.get('baseline')))}
+                     for row in found if of.get('benchmark') != 'speed' or row['model'] != row['baseline']]
+    rows = [row for row in rows if all(str(row[k]) in values.split(',') for k, values in conditions.items())]
     if not rows:
-        raise ValueError(f'{mark.kind} {mark.name}: no row of {results.name}/*.json fits {mark.conditions}')
+        raise ValueError(f'{name}: {results.name}/{prefix}*.json has no rows of {conditions}')
     return rows
 
 
-def baseline(row: Row) -> Row:
-    return row['of']['by_run'][row.get('run'), row.get('seed'), row['baseline']]
-
-
-def number(value: float) -> str:
-    """Three significant digits."""
-    return f'{value:.0f}' if value >= 100 else f'{value:.3g}'
+def grouped(rows: Iterable[Row], key: str) -> Dict[Any, List[Row]]:
+    groups: Dict[Any, List[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
 
 
 def setting(row: Row) -> str:
     """How a model was run, where it differs from inference in float32."""
+    kwargs = dict(row['model_kwargs'])
+    layerwise = kwargs.pop('selection', '') == 'layer'
     words = [
-        'training step' if row['mode'] == 'train' else '',
-        'layer-wise' if row.get('model_kwargs', {}).get('selection') == 'layer' else '',
-        row['dtype'] if row['dtype'] != 'float32' else '',
-        'compiled' if row['compile'] else '',
-        row['compile'] if row['compile'] not in (None, 'default') else '',
+        'training step' if row['mode'] == 'train' else '', 'layer-wise' if layerwise else '',
+        row['dtype'].replace('float32', ''), 'compiled' if row['compile'] else '',
+        (row['compile'] or '').replace('default', ''),
         f"{row['img_size']} x {row['img_size']}" if row['img_size'] != 224 else '',
-    ]
-    others = {k: v for k, v in row.get('model_kwargs', {}).items() if (k, v) != ('selection', 'layer')}
-    return ', '.join([word for word in words if word] + [f'{k}={v}' for k, v in others.items()])
+        *(f'{k}={v}' for k, v in kwargs.items())]
+    return ', '.join(filter(None, words))
 
 
 def made_with(rows: List[Row]) -> str:
     """One sentence per result file: hardware, versions, commit."""
     lines = []
-    for of in {id(row['of']): row['of'] for row in rows}.values():
-        m, v = of['machine'], of['versions']
+    for of in (row['of'] for row in rows):
+        m, v, commit = of['machine'], of['versions'], (of['commit'] or 'unknown')[:10]
         where = m['gpu'] or f"{m['cpu']} ({m['instructions']}), {m['threads']} of {m['cores']} cores"
         memory = ', memory kept by the allocator' if 'MALLOC_TRIM_THRESHOLD_' in of['environment'] else ''
-        commit = (of['commit'] or 'unknown')[:10]
         lines.append(f"{where}{memory}; torch {v['torch']}, timm {v['timm']}, {of['date']}, commit {commit}.")
     return '\n'.join(dict.fromkeys(lines))
 
 
-def markdown(header: List[str], rows: List[List[str]]) -> str:
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in [header, ['---'] * len(header), *rows])
+def markdown(header: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
+    header = list(header)
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in [header, ['---'] * len(header), *lines])
 
 
-def speed_table(rows: List[Row]) -> str:
-    rows = [row for row in rows if row['model'] != row['baseline']]
-    lines = []
-    for r in rows:
-        b = baseline(r)
-        ratio = f"{b['multiply_adds'] / r['multiply_adds']:.3f}" if b['multiply_adds'] and r['multiply_adds'] else ''
-        memory = f"{b['peak_memory'] / 1e6:.0f} / {r['peak_memory'] / 1e6:.0f}" if r.get('peak_memory') else ''
-        lines.append([
-            f"`{r['model']}`", setting(r), str(r['batch_size']), ratio,
-            f"**{r['speed_up']:.2f}** ({r['speed_up_min']:.2f} - {r['speed_up_max']:.2f})",
-            f"{number(b['images_per_second'])} / {number(r['images_per_second'])}", memory])
-    return markdown(['model', '', 'batch', 'multiply-adds ratio', 'speed-up (lowest - highest)', 'img/s, dense / this',
-                     'peak memory (MB), dense / this'], lines) + '\n\n' + made_with(rows)
+def table(columns: Dict[str, Callable[[Row], Any]], key: str = '') -> Callable[[List[Row]], str]:
+    """A table with a line for each row, or for each value of `key`, whose rows share the first two columns.
+
+    Columns are given by what they show of a row, None for nothing.
+    """
+    def text(rows: List[Row]) -> str:
+        lines = []
+        for of in grouped(rows, key).values() if key else [[row] for row in rows]:
+            cells = [[str(cell(row)) for row in of if cell(row) is not None] for cell in columns.values()]
+            lines.append([', '.join(cell if i > 1 else cell[:1]) for i, cell in enumerate(cells)])
+        return f'{markdown(columns, lines)}\n\n{made_with(rows)}'
+
+    return text
 
 
-def dense_features_table(rows: List[Row]) -> str:
-    """One line per model, all seeds in it."""
-    lines = []
-    for name in dict.fromkeys(r['model'] for r in rows):
-        of = [r for r in rows if r['model'] == name]
-        share = of[0]['multiply_adds'] / baseline(of[0])['multiply_adds']
-        lost = ', '.join(f"{baseline(r)['mean_iou'] - r['mean_iou']:.2f}" for r in of)
-        lines.append([
-            name, f'{share:.3f}', ', '.join(f"{r['mean_iou']:.2f}" for r in of),
-            '' if name == of[0]['baseline'] else lost, f"{statistics.median(r['speed_up'] for r in of):.2f}"])
-    header = ['backbone', 'share of multiply-adds', 'mean IoU %', 'points lost', 'speed-up']
-    return markdown(header, lines) + '\n\n' + made_with(rows)
+def ratio(r: Row) -> float:
+    """Multiply-adds of the dense model over those of this one, which are not known of an ONNX file."""
+    return r['dense']['multiply_adds'] / (r['multiply_adds'] or math.nan)
 
 
-def flops_table(rows: List[Row]) -> str:
-    """One line per counter: the dense model, the other and their ratio, with fused attention and without."""
-    counts = {(r['counter'], r['fused_attn'], r['model']): r['multiply_adds'] for r in rows}
-    dense, evo = (next(r['model'] for r in rows if (r['model'] == r['baseline']) == b) for b in (True, False))
-    lines = []
-    for counter in dict.fromkeys(r['counter'] for r in rows):
-        line = [counter]
-        for fused in (True, False):
-            a, b = (counts[counter, fused, model] for model in (dense, evo))
-            line += [f'{a / 1e9:.3f} / {b / 1e9:.3f}', f'{a / b:.3f}']
-        lines.append(line)
-    header = ['', 'fused attention: G multiply-adds', 'ratio', '`set_fused_attn(False)`: G multiply-adds', 'ratio']
-    v = rows[0]['of']['versions']
-    tools = ', '.join(f'{name} {v[name]}' for name in ('torch', 'timm', 'fvcore', 'ptflops', 'torchinfo'))
-    return markdown(header, lines) + f'\n\n`{dense}` / `{evo}`, one image; {tools}.'
+def speed_up(r: Row) -> str:
+    return f"**{r['speed_up']:.2f}** ({r['speed_up_min']:.2f} - {r['speed_up_max']:.2f})"
 
 
-def tags_of(model: str) -> List[str]:
-    """Tags of the weights that a model may have, those on the Hub first."""
-    tags = [name.partition('.')[2] for name in timm.models.get_arch_pretrained_cfgs(model)]
-    return sorted((tag for tag in tags if tag != 'untrained'), key=lambda tag: tag != 'fb_in1k')
+def with_error(r: Row, key: str, digits: int = 2) -> Optional[str]:
+    return f"{r[key]:.{digits}f} ± {r[f'{key}_error']:.{digits}f}" if key in r and r['method'] != 'dense' else None
 
 
-def models_table(rows: List[Row]) -> str:
-    header = ['model', 'parameters', 'G multiply-adds (dense model)', 'top-1 in the paper (dense model)', 'weights']
-    dense = {name: f' ({top1})' for name, top1 in TOP1.items()}
-    return markdown(header, [[
-        f"`{r['model']}`", f"{r['parameters'] / 1e6:.2f} M",
-        f"{r['multiply_adds'] / 1e9:.3f} ({r['dense_multiply_adds'] / 1e9:.3f})",
-        str(TOP1.get(r['model'], 'not published')) + dense.get(r['model'].removeprefix('evo_'), ''),
-        ', '.join(f'`{tag}`' for tag in tags_of(r['model']))]
-        for r in rows])
+speed_table = table({
+    'model': lambda r: f"`{r['model']}`", '': setting, 'batch': lambda r: r['batch_size'],
+    'multiply-adds ratio': lambda r: f'{ratio(r):.3f}'.replace('nan', ''),
+    'speed-up (lowest - highest)': speed_up,
+    'img/s, dense / this': lambda r: ' / '.join(
+        f"{x['images_per_second']:{'.0f' if x['images_per_second'] >= 100 else '.3g'}}" for x in (r['dense'], r)),
+    'peak memory (MB), dense / this': lambda r: ' / '.join(f"{x['peak_memory'] / 1e6:.0f}" for x in (r['dense'], r))})
+dense_features_table = table({
+    'backbone': lambda r: r['model'],
+    'share of multiply-adds': lambda r: f'{1 / ratio(r):.3f}',
+    'mean IoU %': lambda r: f"{r['mean_iou']:.2f}",
+    'points lost': lambda r: f"{r['dense']['mean_iou'] - r['mean_iou']:.2f}" if r['model'] != r['baseline'] else None,
+    'speed-up': lambda r: f"{r['speed_up']:.2f}"}, 'model')
+finetuned_table = table({
+    'method': lambda r: r['method'], 'share of multiply-adds': lambda r: f"{r['share']:.3f}",
+    'top-1 %, before': lambda r: f"{r['before']:.2f}", 'fine-tuned': lambda r: f"{r['top1']:.2f}",
+    'points lost to dense, fine-tuned': lambda r: with_error(r, 'lost')}, 'method')
+photographs_table = table({  # of features, the ratio of the means and the geometric mean over the pictures
+    'method': lambda r: r['method'], 'share of multiply-adds': lambda r: f"{r['share']:.3f}",
+    **{header: lambda r, key=key: f"{r[f'{key}, of ToMe']:.2f}, {r[f'{key}, geometric']:.2f} ± "
+       f"{100 * r[f'{key}, geometric error']:.0f} %" for header, key in (
+           ('class token', 'class token'), ('patches', 'patches'), ('average of the patches', 'average'))},
+    'saliency map': lambda r: f"{r['saliency']:.3f}"})
 
 
 def without_training_table(rows: List[Row]) -> str:
     """Accuracy of trained models at the share of multiply-adds that a method leaves, and speed of another."""
-    def speed(method: str, small: bool) -> str:
-        timed = [r for r in rows if 'speed_up' in r and r['model'].startswith('dense') == small]
-        return ', '.join(
-            f"**{r['speed_up']:.2f}** ({r['speed_up_min']:.2f} - {r['speed_up_max']:.2f}) of {1 / r['share']:.2f}"
-            for r in timed if r['method'] == method)
+    def speed(small: bool) -> Callable[[Row], Optional[str]]:
+        return lambda r: f"{speed_up(r)} of {1 / r['share']:.2f}" if (
+            'speed_up' in r and r['model'].startswith('dense') == small) else None
 
-    lines = []
-    for method in dict.fromkeys(r['method'] for r in rows if r['method'] != 'dense'):
-        of = [r for r in rows if r['method'] == method and 'top1' in r]
-        lines.append([
-            method, f"{of[0]['share']:.3f}" if of else '',
-            ', '.join(f"{r['lost']:.2f} ± {r['lost_error']:.2f}" for r in of),
-            ', '.join(f"{r['kl']:.1f} ± {r['kl_error']:.1f}" for r in of), speed(method, True), speed(method, False)])
     models = ', '.join(f"{r['top1']:.2f} %" for r in rows if r['method'] == 'dense' and 'top1' in r)
-    header = ['method', 'share of multiply-adds', f'points lost, of {models}', 'divergence, thousandths',
-              'speed-up of the first of these models, of 1 / share', 'speed-up of DeiT-S, of 1 / share']
-    return markdown(header, lines) + '\n\n' + made_with(rows)
+    return table({
+        'method': lambda r: r['method'],
+        'share of multiply-adds': lambda r: f"{r['share']:.3f}" if 'top1' in r else None,
+        f'points lost, of {models}': lambda r: with_error(r, 'lost'),
+        'divergence, thousandths': lambda r: with_error(r, 'kl', 1),
+        'speed-up of the first of these models, of 1 / share': speed(small=True),
+        'speed-up of DeiT-S, of 1 / share': speed(small=False)}, 'method')([r for r in rows if r['method'] != 'dense'])
 
 
-def accuracy_comparisons(rows: List[Row]) -> List[Dict[str, Any]]:
-    return accuracy_report.compare(*accuracy_report.split(row['report'] for row in rows))
+def models_table(rows: List[Row]) -> str:
+    def top1(r: Row) -> str:
+        dense = TOP1.get(r['model'].removeprefix('evo_'))
+        return str(TOP1.get(r['model'], 'not published')) + (f' ({dense})' if dense else '')
 
+    def tags(r: Row) -> str:
+        names = (name.partition('.')[2] for name in timm.models.get_arch_pretrained_cfgs(r['model']))
+        return ', '.join(f'`{tag}`' for tag in sorted(names, reverse=True) if tag != 'untrained')
 
-def accuracy_table(rows: List[Row]) -> str:
-    return accuracy_report.table(accuracy_comparisons(rows))
-
-
-def accuracy_speed_table(rows: List[Row]) -> str:
-    _, timings = accuracy_report.split(row['report'] for row in rows)
-    return accuracy_report.speed_table(timings)
-
-
-def accuracy_plot(rows: List[Row]) -> plt.Figure:
-    """Top-1 on CIFAR-10 by epoch, and against the speed of training and inference, dense and evolving."""
-    return accuracy_report.plot(accuracy_comparisons(rows))
-
-
-def newcomer_table(rows: List[Row]) -> str:
-    """What the commands for a newcomer print."""
-    lines = [line for r in rows for line in (f"$ {r['command']}", r['output'])]
-    machine = rows[0]['of']['machine']
-    lines[0] += f"    # {machine['cpu']}, {machine['cores']} cores"
-    return '\n'.join(['```text', *lines, '```'])
-
-
-def kernels_table(rows: List[Row]) -> str:
-    """Kernels of the dense model / the evolving one, by kind."""
-    kinds = {
-        'all kernels': 'kernels', 'matrix products': 'matmul', 'attention': 'attention', 'convolutions': 'convolution',
-        'fused pointwise': 'pointwise', 'with a reduction': 'reduction', 'not fused': 'other'}
-    evolving = [row for row in rows if row['model'] != row['baseline']]
     lines = [[
-        f"`{r['model']}`" + (f" of `{r['baseline']}`" if r['model'] == 'evo_vit' else ''), str(r['batch_size']),
-        *(f'{baseline(r)[kind]} / {r[kind]}' for kind in kinds.values())] for r in evolving]
-    v = rows[0]['of']['versions']
-    return markdown(['model', 'batch', *kinds], lines) + (
-        f"\n\nDense model / this one, bfloat16, lowered for an H100, not run; torch {v['torch']}, timm {v['timm']}.")
-
-
-def photographs_table(rows: List[Row]) -> str:
-    """Errors of features over ToMe's, ratio of the means and geometric mean over the pictures."""
-    def cell(row: Row, name: str) -> str:
-        error = 100 * row[f'{name}, geometric error']
-        return f"{row[f'{name}, of ToMe']:.2f}, {row[f'{name}, geometric']:.2f} ± {error:.0f} %"
-
-    header = ['method', 'share of multiply-adds', 'class token', 'patches', 'average of the patches', 'saliency map']
-    return markdown(header, [
-        [r['method'], f"{r['share']:.3f}", *(cell(r, name) for name in ('class token', 'patches', 'average')),
-         f"{r['saliency']:.3f}"] for r in rows]) + '\n\n' + made_with(rows)
-
-
-def finetuned_table(rows: List[Row]) -> str:
-    """Top-1 of each method before and after more epochs, and what it loses to the dense model of as many."""
-    lines = []
-    for method in dict.fromkeys(r['method'] for r in rows):
-        of = [r for r in rows if r['method'] == method]
-        lines.append([
-            method, f"{of[0]['share']:.3f}", ', '.join(f"{r['before']:.2f}" for r in of),
-            ', '.join(f"{r['top1']:.2f}" for r in of),
-            ', '.join(f"{r['lost']:.2f} ± {r['lost_error']:.2f}" for r in of) if method != 'dense' else ''])
-    header = ['method', 'share of multiply-adds', 'top-1 %, before', 'fine-tuned', 'points lost to dense, fine-tuned']
-    return markdown(header, lines) + '\n\n' + made_with(rows)
+        f"`{r['model']}`", f"{r['params'] / 1e6:.2f} M",
+        f"{r['multiply_adds'] / 1e9:.3f} ({r['dense']['multiply_adds'] / 1e9:.3f})", top1(r), tags(r)] for r in rows]
+    return markdown(['model', 'parameters', 'G multiply-adds (dense model)', 'top-1 in the paper (dense model)',
+                     'weights'], lines)
 
 
 def families_table(rows: List[Row]) -> str:
-    total = {key: sum(row[key] for row in rows) for key in ('architectures', 'evolve')}
-    return markdown(['family', 'architectures', 'evolve', 'such as'], [[
-        r['model'], str(r['architectures']), str(r['evolve']), f"`{r['such_as']}`" if 'such_as' in r else '']
-        for r in [*rows, {'model': 'all', **total}]])
-
-
-def refused_table(rows: List[Row]) -> str:
-    """One line per reason."""
-    names: Dict[str, List[str]] = {}
-    for r in rows:
-        for name, reason in r['refused'].items():
-            names.setdefault(reason.rstrip('.'), []).append(f'`{name}`')
-    return markdown(['not', 'because'], [[', '.join(found), reason] for reason, found in names.items()])
-
-
-def sweep_contents(rows: List[Row]) -> Dict[str, Any]:
-    """The contents of sweep.json again."""
-    return {**rows[0]['of'], 'rows': [{key: value for key, value in row.items() if key != 'of'} for row in rows]}
+    """Architectures that evolve by family, and those that do not by the reason."""
+    lines = [[r['model'], r['architectures'], r['evolve'], f"`{r['such_as']}`"] for r in rows]
+    total = [sum(r[key] for r in rows) for key in ('architectures', 'evolve')]
+    refused = [{'name': f'`{k}`', 'reason': reason.rstrip('.')} for r in rows for k, reason in r['refused'].items()]
+    reasons = [[', '.join(r['name'] for r in of), reason] for reason, of in grouped(refused, 'reason').items()]
+    families = markdown(['family', 'architectures', 'evolve', 'such as'], [*lines, ['all', *total, '']])
+    return families + '\n\n' + markdown(['not', 'because'], reasons)
 
 
 def sweep_table(rows: List[Row]) -> str:
     """What `timm-evovit sweep` has printed."""
-    report = sweep_contents(rows)
-    return f"```text\n{sweep.table(report['rows'])}\n\n{sweep.describe(report)}\n```"
+    return '\n'.join(['```text', sweep.table(rows[0]['of']['rows']), '', sweep.describe(rows[0]['of']), '```'])
 
 
-def sweep_plot(rows: List[Row]) -> plt.Figure:
-    """Top-1 of each keep ratio against images per second."""
-    return sweep.plot(sweep_contents(rows))
+def interval(differences: Sequence[float]) -> Optional[Tuple[float, float]]:
+    """95 % interval of their mean, by Student's t."""
+    if len(differences) < 2:
+        return None
+    mean, half = np.mean(differences), stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    return mean - half, mean + half
+
+
+def right(run: Row) -> np.ndarray:
+    """100 for each picture that is classified rightly, 0 for the others."""
+    dtype = np.uint8 if run['num_classes'] <= 256 else np.dtype('<u2')
+    predictions, labels = (
+        np.frombuffer(zlib.decompress(base64.b64decode(run[key])), dtype) for key in ('predictions', 'labels'))
+    return 100. * (predictions == labels)
+
+
+def timed(timing: Row, variant: str) -> Dict[str, Row]:
+    """What was measured of a variant in training and inference, over the baseline. Nothing if it was not timed."""
+    times = timing.get('seconds_per_image', {})
+    return {what: harness.summarize(found, times[timing['baseline']][what], 1)
+            for what, found in times.get(variant, {}).items()}
+
+
+def number_format(configuration: Row) -> str:
+    attention = 'explicit' if configuration['no_fused_attn'] else 'fused'
+    return f"{configuration['amp'] or 'float32'}, {attention} attention"
+
+
+def title(configuration: Row) -> str:
+    c = configuration
+    model = f"LeViT, widths {', '.join(str(c['width'] * i) for i in (1, 2, 3))}, stem s8"
+    if c['family'] == 'deit':
+        model = f"DeiT, width {c['width']}, depth {c['depth']}, {c['heads']} heads, patch {c['patch_size']}"
+    return f"{model}, {c['img_size']} x {c['img_size']}: {c['epochs']} epochs, lr {c['lr']:g}, {number_format(c)}"
+
+
+def compare(rows: List[Row]) -> Dict[str, Dict[str, Row]]:
+    """By the title of a configuration and the variant, the baseline first, figures of all finished runs.
+
+    Raises:
+        ValueError: The runs of a seed were validated on different pictures.
+    """
+    timings = [row['of'] for row in rows if 'seconds_per_image' in row['of']]
+    runs = [{**row['of'], 'title': title(row)} for row in rows if row['of'].get('finished')]
+    runs.sort(key=lambda run: (run['variant'] not in ('dense', 'levit'), run['variant'], run['seed']))
+    comparisons: Dict[str, Dict[str, Row]] = {}
+    for name, of_title in grouped(runs, 'title').items():
+        c, variants = of_title[0]['configuration'], grouped(of_title, 'variant')
+        timing = next((t for t in timings if all(t['configuration'][k] == c[k] for k in TIMED)), {})
+        baselines = {run['seed']: run for run in next(iter(variants.values()))}
+        comparisons[name] = {}
+        for variant, of in variants.items():
+            pairs = [(run, baselines[run['seed']]) for run in of if run is not baselines.get(run['seed'], run)]
+            if any(run['labels'] != dense['labels'] for run, dense in pairs):
+                raise ValueError(f'{variant} and the dense model were validated on different pictures')
+            differences = [run['top1'][-1] - dense['top1'][-1] for run, dense in pairs]
+            by_image = np.mean([right(run) - right(dense) for run, dense in pairs], axis=0) if pairs else ()
+            comparisons[name][variant] = {
+                'runs': of, 'top1': [run['top1'][-1] for run in of], 'differences': differences,
+                'over_seeds': interval(differences), 'over_images': interval(by_image), 'timed': timed(timing, variant)}
+    return comparisons
+
+
+def accuracy_table(rows: List[Row]) -> str:
+    """Accuracy and speed of every configuration."""
+    header = ['', 'seeds', 'top-1 %, mean (each)', 'points above dense', '95 % over seeds', '95 % over images',
+              'training, times as fast', 'inference, times as fast']
+    return '\n\n'.join(f'**{name}**\n\n' + markdown(header, [[
+        variant, ', '.join(str(run['seed']) for run in v['runs']),
+        f"**{statistics.mean(v['top1']):.2f}** ({', '.join(f'{top1:.2f}' for top1 in v['top1'])})",
+        f"{statistics.mean(v['differences']):+.2f}" if v['differences'] else '',
+        *('{:+.2f} to {:+.2f}'.format(*v[over]) if v[over] else '' for over in ('over_seeds', 'over_images')),
+        *(f"{v['timed'][what]['speed_up']:.2f}" if v['timed'] else '' for what in ('train', 'inference'))]
+        for variant, v in variants.items()]) for name, variants in compare(rows).items())
+
+
+def accuracy_speed_table(rows: List[Row]) -> str:
+    """Microseconds per image of every timing, medians, and the ratios within a round."""
+    header = ['', 'training, us per image', 'times as fast (lowest - highest)', 'inference, us per image',
+              'times as fast (lowest - highest)']
+    tables = []
+    for row in sorted((row for row in rows if 'seconds_per_image' in row['of']), key=lambda row: row['img_size']):
+        of, m, v = row['of'], row['of']['machine'], row['of']['versions']
+        lines = [[variant, *(cell for r in timed(of, variant).values() for cell in (
+            f"{1e6 / r['images_per_second']:.0f}", speed_up(r)))] for variant in of['seconds_per_image']]
+        tables.append(
+            f"**{title(row).split(',')[0]} {row['img_size']} x {row['img_size']}, batch {row['batch_size']}, "
+            f"{number_format(row)}** ({m['gpu'] or m['cpu']}, {m['threads']} of {m['cores']} cores; "
+            f"torch {v['torch']}, timm {v['timm']}, commit {of['commit'][:10]})\n\n{markdown(header, lines)}")
+    return '\n\n'.join(tables)
+
+
+def accuracy_plot(rows: List[Row]) -> plt.Figure:
+    (variants,) = compare(rows).values()
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.8), layout='constrained')
+    axes[0].set(xlabel='epoch', ylabel='top-1 (%)', title='top-1 by epoch\n(mean of the seeds)')
+    for axis, what in zip(axes[1:], ('training', 'inference')):
+        axis.set(xlabel=f'{what}, times as fast as dense', ylabel='top-1 (%)',
+                 title=f'top-1 against {what} speed\n(small: one seed)')
+    for i, (variant, v) in enumerate(variants.items()):
+        curve = np.mean([run['top1'] for run in v['runs']], axis=0)
+        axes[0].plot(np.arange(1, len(curve) + 1), curve, color=f'C{i}', label=variant)
+        for axis, what in zip(axes[1:], ('train', 'inference')):
+            speed = v['timed'][what]['speed_up']
+            axis.plot([speed] * len(v['top1']), v['top1'], '.', color=f'C{i}', alpha=0.5)
+            axis.plot(speed, statistics.mean(v['top1']), 'os^Dv<>p'[i % 8], ms=8, color=f'C{i}')
+    axes[0].legend(frameon=False, loc='lower right', fontsize='small', labelspacing=0.2)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    return figure
 
 
 def speed_plot(rows: List[Row]) -> plt.Figure:
     """Speed-up of each row with its range, and the ratio of multiply-adds."""
-    rows = [row for row in rows if row['model'] != row['baseline']]
+    y = range(len(rows))
     figure, axis = plt.subplots(figsize=(7.2, 1.2 + 0.27 * len(rows)), layout='constrained')
-    for y, r in enumerate(rows):
-        b = baseline(r)
-        axis.plot([r['speed_up_min'], r['speed_up_max']], [y, y], color='C0', lw=2, alpha=0.4, solid_capstyle='butt')
-        axis.plot(r['speed_up'], y, 'o', color='C0', label=None if y else 'measured, with its range')
-        if b['multiply_adds'] and r['multiply_adds']:
-            axis.plot(b['multiply_adds'] / r['multiply_adds'], y, '|', color='C3', ms=11, mew=2,
-                      label=None if y else 'ratio of multiply-adds')
+    axis.hlines(y, [r['speed_up_min'] for r in rows], [r['speed_up_max'] for r in rows], color='C0', lw=2, alpha=0.4)
+    axis.plot([r['speed_up'] for r in rows], y, 'o', color='C0', label='measured, with its range')
+    axis.plot([ratio(r) for r in rows], y, '|', color='C3', ms=11, mew=2, label='ratio of multiply-adds')
     axis.axvline(1, color='0.5', lw=1)
-    axis.set_yticks(range(len(rows)), [
-        ', '.join(filter(None, [r['model'], setting(r), f"batch {r['batch_size']}"])) for r in rows], fontsize=8)
+    names = [', '.join(filter(None, [r['model'], setting(r), f"batch {r['batch_size']}"])) for r in rows]
+    axis.set_yticks(y, names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel('times as fast as the dense model')
     axis.grid(axis='x', alpha=0.3)
@@ -352,53 +340,21 @@ def speed_plot(rows: List[Row]) -> plt.Figure:
     return figure
 
 
-def top1_plot(rows: List[Row]) -> plt.Figure:
-    """Top-1 in the papers against measured speed, a line from each dense model that has one to its Evo-ViT."""
-    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout='constrained')
-    for r in rows:
-        if r['model'] == r['baseline'] or r['model'] not in TOP1:
-            continue
-        # a dense model's top-1 is of images of its own size
-        has_dense = timm.get_pretrained_cfg(r['baseline']).input_size[2] == r['img_size']
-        points = [(r, 'C0', 'o', -7 if has_dense else 7)] + [(baseline(r), 'C1', 's', 7)] * has_dense
-        axis.plot(
-            [q['images_per_second'] for q, *_ in points], [TOP1[q['model']] for q, *_ in points], color='0.7', zorder=1)
-        for q, colour, marker, dy in points:
-            axis.plot(q['images_per_second'], TOP1[q['model']], marker, color=colour)
-            axis.annotate(
-                q['model'].replace('_patch16', '').removesuffix('_224'), (q['images_per_second'], TOP1[q['model']]),
-                xytext=(0, dy), textcoords='offset points', fontsize=7, ha='center', va='bottom' if dy > 0 else 'top')
-    axis.set_xscale('log')
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter('{x:g}')
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.margins(x=0.12, y=0.12)
-    axis.set(xlabel='images per second, measured', ylabel='ImageNet-1k top-1 in the papers (%)')
-    axis.grid(alpha=0.3)
-    return figure
-
-
 def without_training_plot(rows: List[Row]) -> plt.Figure:
     """Points of top-1 that trained models lose against measured speed-up, by method."""
     timed = {r['method']: r['speed_up'] for r in rows if 'speed_up' in r and not r['model'].startswith('dense')}
-    lost: Dict[str, Dict[str, List[Row]]] = {}
-    for r in rows:
-        name = r['method'].rpartition(' ')[0]
-        if 'lost' in r and name and r['method'] in timed:
-            lost.setdefault(name, {}).setdefault(r['method'], []).append(r)
+    points: Dict[str, List[Tuple[float, float, float]]] = {}
+    for method, of in grouped((r for r in rows if 'lost' in r and r['method'] in timed), 'method').items():
+        mean, error = statistics.mean(r['lost'] for r in of), math.hypot(*(r['lost_error'] for r in of)) / len(of)
+        points.setdefault(method.rpartition(' ')[0], []).append((timed[method], mean, error))
+    points.pop('', None)  # the dense model itself
     figure, axis = plt.subplots(figsize=(7.2, 4.2), layout='constrained')
     axis.plot(1, 0, 'k*', ms=10, ls='', label='dense')
-    styles = [
-        ('o', '-'), ('s', '--'), ('^', '-.'), ('D', ':'), ('v', (0, (6, 1, 1, 1, 1, 1))), ('P', (0, (1, 3))),
-        ('X', (0, (4, 4)))]
-    for (name, settings), (marker, line) in zip(lost.items(), styles):
-        points = [(
-            timed[method], statistics.mean(r['lost'] for r in of),
-            math.hypot(*(r['lost_error'] for r in of)) / len(of)) for method, of in settings.items()]
-        speed_up, mean, error = zip(*sorted(points))
-        axis.errorbar(
-            speed_up, mean, error, marker=marker, ls=line, lw=2.2 if name == 'similarity' else 1.4, capsize=2,
-            label=LABELS.get(name, name))
+    labels = {'similarity': 'evolve, by similarity', 'attention': "Evo-DeiT, by class attention (paper's)"}
+    lines = ['-', '--', '-.', ':', (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (4, 4))]
+    for (name, of), marker, line in zip(points.items(), 'os^DvPX', lines):
+        axis.errorbar(*zip(*sorted(of)), marker=marker, ls=line, lw=2.2 if name == 'similarity' else 1.4, capsize=2,
+                      label=labels.get(name, name))
     # a square root gives room to small losses, and shows the large ones too
     axis.set_yscale('function', functions=(lambda y: np.sign(y) * np.abs(y) ** 0.5, lambda y: np.sign(y) * y ** 2))
     axis.yaxis.set_major_locator(FixedLocator((0, 1, 2, 5, 10, 20, 50)))
@@ -410,89 +366,39 @@ def without_training_plot(rows: List[Row]) -> plt.Figure:
 
 
 TABLES: Dict[str, Callable[[List[Row]], str]] = {
-    'speed': speed_table, 'dense_features': dense_features_table,
-    'flops': flops_table, 'models': models_table, 'families': families_table, 'families_refused': refused_table,
+    'speed': speed_table, 'models': models_table, 'dense_features': dense_features_table, 'families': families_table,
     'without_training': without_training_table, 'finetuned': finetuned_table, 'photographs': photographs_table,
-    'kernels': kernels_table,
-    'newcomer': newcomer_table, 'sweep': sweep_table, 'accuracy': accuracy_table,
-    'accuracy_speed': accuracy_speed_table}
+    'sweep': sweep_table, 'accuracy': accuracy_table, 'accuracy_speed': accuracy_speed_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
-    'speed': speed_plot, 'top1': top1_plot, 'without_training': without_training_plot, 'sweep': sweep_plot,
-    'accuracy': accuracy_plot}
+    'speed': speed_plot, 'without_training': without_training_plot, 'accuracy': accuracy_plot,
+    'sweep': lambda rows: sweep.plot(rows[0]['of'])}
 
 
-def digest(mark: Mark, rows: List[Row]) -> str:
-    """Stands for the data of a plot, stored in its file: pixels differ between versions of matplotlib."""
-    data = [{key: value for key, value in row.items() if key != 'of'} for row in rows]
-    return hashlib.sha256(json.dumps([mark.name, data], sort_keys=True).encode()).hexdigest()
+def read_mark(results: Path, text: str) -> List[Row]:
+    name, *words = text.split()
+    return read(results, name, **dict(word.split('=', 1) for word in words))
 
 
-def stored_digest(path: Path) -> Optional[str]:
-    if not path.is_file():
-        return None
-    with Image.open(path) as image:
-        return image.info.get('Data')
+def fill(page: Path, results: Path = RESULTS) -> str:
+    """The text of a page with its tables as the results say."""
+    return TABLE.sub(lambda mark: mark[1] + TABLES[mark[2].split()[0]](read_mark(results, mark[2])) + '\n' + mark[3],
+                     page.read_text())
 
 
-def fill(page: Path, results: Path, check: bool) -> List[str]:
-    """Write the tables and plots of a page, or with `check` only find out which would change.
-
-    Returns:
-        What changed.
-    """
-    changed = []
-
-    def replace(match: re.Match) -> str:
-        mark = parse_mark(match[2], match[3])
-        try:
-            rows = select(mark, results)
-        except FileNotFoundError as error:  # not measured yet
-            print(f'{page.name}: {mark.kind} {mark.name} is empty: {error}')
-            if match[4]:
-                changed.append(f'{page.name}: {mark.kind} {mark.name}')
-            return match[1] + match[5]
-        if mark.kind == 'table':
-            content = TABLES[mark.name](rows)
-        else:
-            path, expected = page.parent / mark.file, digest(mark, rows)
-            content = f'![{PLOTS[mark.name].__doc__.strip()}]({mark.file})'
-            if stored_digest(path) != expected:
-                changed.append(f'{page.name}: plot {mark.file}')
-                if not check:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    figure = PLOTS[mark.name](rows)
-                    figure.savefig(path, dpi=130, facecolor='white', metadata={'Data': expected})
-                    plt.close(figure)
-        content = f'{content}\n'
-        if content != match[4]:
-            changed.append(f'{page.name}: {mark.kind} {mark.name}')
-        return match[1] + content + match[5]
-
-    text = page.read_text()
-    new = MARK.sub(replace, text)
-    if new != text and not check:
-        page.write_text(new)
-    return changed
-
-
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('pages', nargs='*', type=Path, help="default: README.md and all pages of docs/")
-    parser.add_argument('--results', type=Path, default=ROOT / 'benchmarks' / 'results')
-    parser.add_argument('--check', action='store_true', help='write nothing, fail if something would change')
+    parser.add_argument('pages', nargs='*', type=Path, default=[ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))])
+    parser.add_argument('--results', type=Path, default=RESULTS)
+    parser.add_argument('--accuracy', type=Path, metavar='DIR', help='print the tables of runs of accuracy.py')
     args = parser.parse_args(argv)
-    changed = []
-    for page in args.pages or [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]:
-        try:
-            changed += fill(page, args.results, args.check)
-        except ValueError as error:
-            parser.error(f'{page}: {error}')
-    for line in changed:
-        print(line)
-    if args.check and changed:
-        print('not what benchmarks/results says: run `python benchmarks/report.py`')
-    return int(args.check and bool(changed))
+    if args.accuracy:
+        rows = read(args.accuracy, 'accuracy', file='')
+        print(accuracy_table(rows), accuracy_speed_table(rows), sep='\n\n')
+    for page in args.pages if not args.accuracy else ():
+        page.write_text(fill(page, args.results))
+        for name, file, conditions in PLOT.findall(page.read_text()):
+            PLOTS[name](read_mark(args.results, name + conditions)).savefig(page.parent / file, dpi=130)
 
 
 if __name__ == '__main__':
-    raise SystemExit(main())
+    main()

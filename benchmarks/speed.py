@@ -4,12 +4,10 @@
     python benchmarks/speed.py evo_deit_small_patch16_224 --against deit_small_patch16_224
     python benchmarks/speed.py evo_deit_small_patch16_224 --against deit_small_patch16_224 --train
     python benchmarks/speed.py evo_levit_256 --against levit_256 --reparam --output benchmarks/results/speed-levit.json
-    python benchmarks/speed.py model.onnx model.int8.onnx others.py:create_model tome:deit_small_patch16_224:13 \\
-        --against deit_small_patch16_224
+    python benchmarks/speed.py model.onnx model.int8.onnx others.py:create_model --against deit_small_patch16_224
     python benchmarks/speed.py --suite benchmarks/suites/cpu.txt --output benchmarks/results/speed-cpu.json
 
-A model is a name that timm knows; `tome:NAME:R`, a Vision Transformer of timm that merges R tokens in every block, if
-the package tome is installed; `FILE.py:FUNCTION`, the model that the function returns; or `FILE.onnx`, run by ONNX
+A model is a name that timm knows; `FILE.py:FUNCTION`, the model that the function returns; or `FILE.onnx`, run by ONNX
 Runtime. The baseline is the first model of --against, or the first of all. A suite is a file with the arguments of one
 run per line; each line is run in a process of its own, and all rows go to one result file.
 
@@ -17,22 +15,45 @@ On Linux the C library returns large buffers to the system after each batch, whi
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 """
 import argparse
+import importlib.util
 import shlex
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 import harness
+import timm
 import torch
 from timm.utils import ParseKwargs, reparameterize_model
+from torch import nn
 from torch.nn import functional as F
 
 SETTINGS = ('mode', 'batch_size', 'img_size', 'dtype', 'compile', 'reparam', 'device')  # recorded in every row
 
 
+class OnnxModel(nn.Module):
+    """An ONNX file in ONNX Runtime on the CPU, called as a model is."""
+
+    def __init__(self, path: str) -> None:
+        import onnxruntime
+        super().__init__()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # idle threads that spin would slow down the model that is timed next
+        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+        self.session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+        info = self.session.get_inputs()[0]
+        self.input_name, self.pretrained_cfg = info.name, {'input_size': tuple(info.shape[1:])}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.session.run(None, {self.input_name: x.numpy()})[0])
+
+
+FILES = {'.onnx': OnnxModel}  # models in files that are no modules of PyTorch, by suffix
+
+
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument('models', nargs='*', metavar='MODEL', help='models to time, see above')
     parser.add_argument('--against', nargs='+', default=[], metavar='MODEL', help='models to compare with')
     parser.add_argument('--train', action='store_true', help='time training steps (AdamW) instead of inference')
@@ -47,9 +68,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--warmup', type=int, default=2, help='rounds that are not counted')
     parser.add_argument('--seconds', type=float, default=1., help='minimum time of a model in a round')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs,
-                        help='arguments of the models, not of those of --against')
-    parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='not of those of --against')
     parser.add_argument('--suite', type=Path, metavar='TXT', help='file with the arguments of one run per line')
     args = parser.parse_args(argv)
     if bool(args.models) == bool(args.suite):
@@ -60,23 +79,34 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error('--reparam is for inference')
     args.mode = 'train' if args.train else 'inference'
     args.models = list(dict.fromkeys(args.against + args.models))
-    for spec in args.models:
-        try:
-            harness.check_model(spec)
-        except ValueError as error:
-            parser.error(str(error))
-        if spec.endswith('.onnx') and (args.train or args.compile or args.dtype != 'float32' or args.device != 'cpu'):
-            parser.error(f'{spec}: ONNX files are for inference in float32 on the CPU')
+    for spec in args.models:  # all of them, before hours of work
+        file, _, function = spec.partition(':')
+        if file.endswith(('.py', *FILES)):
+            if not Path(file).is_file():
+                parser.error(f'{spec}: there is no file {file}')
+            if file.endswith('.py') and not function:
+                parser.error(f'{spec}: name the function as well, {file}:FUNCTION')
+        elif file not in ('hf-hub', 'local-dir') and not timm.is_model(spec):
+            parser.error(f'{spec}: unknown to timm, and neither FILE.py:FUNCTION nor FILE.onnx')
+        if spec.endswith(tuple(FILES)) and (
+                args.train or args.compile or args.dtype != 'float32' or args.device != 'cpu'):
+            parser.error(f'{spec}: such files are for inference in float32 on the CPU')
     return args
 
 
-def create(spec: str, args: argparse.Namespace) -> torch.nn.Module:
+def create(spec: str, args: argparse.Namespace) -> nn.Module:
+    file, _, function = spec.partition(':')
+    if (suffix := Path(file).suffix) in FILES:
+        return FILES[suffix](file)
     kwargs = {} if spec in args.against else dict(args.model_kwargs)
-    if '.py:' not in spec:
-        kwargs['num_classes'] = args.num_classes
-        if args.img_size:
-            kwargs['img_size'] = args.img_size
-    return harness.create_model(spec, **kwargs)
+    if suffix == '.py':
+        found = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return getattr(module, function)(**kwargs)
+    if args.img_size:
+        kwargs['img_size'] = args.img_size
+    return timm.create_model(spec, num_classes=args.num_classes, **kwargs)
 
 
 def build_step(spec: str, args: argparse.Namespace) -> Callable[[], Any]:
@@ -90,10 +120,7 @@ def build_step(spec: str, args: argparse.Namespace) -> Callable[[], Any]:
     x = torch.randn(args.batch_size, *size, device=device)
     if not args.train:
         model, x = model.to(dtype), x.to(dtype)
-    forward = model
-    if args.compile:
-        backend = getattr(args, 'backend', None)
-        forward = torch.compile(model, backend=backend) if backend else torch.compile(model, mode=args.compile)
+    forward = torch.compile(model, mode=args.compile) if args.compile else model
     if not args.train:
         return torch.inference_mode()(lambda: forward(x))
 
@@ -114,8 +141,10 @@ def build_step(spec: str, args: argparse.Namespace) -> Callable[[], Any]:
 
 
 def peak_memory(spec: str, args: argparse.Namespace) -> int:
-    """Bytes that building a model and running it twice adds to a process."""
+    """Bytes that building a model and running it twice adds to a process, or to what is in use of a GPU."""
     cuda = args.device.startswith('cuda')
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else harness.memory(peak=False)
     step = build_step(spec, args)
     step()
@@ -128,33 +157,21 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
     rows = []
     for spec in args.models:
         model = create(spec, args)
+        size = harness.input_size(model, args.img_size)
+        of_torch = not isinstance(model, tuple(FILES.values()))
         rows.append({
             'model': harness.without_folders(spec), 'baseline': harness.without_folders(args.models[0]),
-            **{k: getattr(args, k) for k in SETTINGS}, 'img_size': harness.input_size(model, args.img_size)[-1],
+            **{k: getattr(args, k) for k in SETTINGS}, 'img_size': size[-1],
             'model_kwargs': {} if spec in args.against else args.model_kwargs,
-            'params': sum(p.numel() for p in model.parameters()) or None,
-            'multiply_adds': harness.multiply_adds(model, harness.input_size(model, args.img_size)),
-            'peak_memory': harness.in_new_process(peak_memory, spec, args),
-        })
+            'params': sum(p.numel() for p in model.parameters()) if of_torch else None,
+            'multiply_adds': harness.multiply_adds(model, size) if of_torch else None,
+            'peak_memory': peak_memory(spec, args) if args.device.startswith('cuda') else harness.in_new_process(
+                peak_memory, spec, args)})
     steps = {spec: build_step(spec, args) for spec in args.models}
     times = harness.time_in_turns(steps, args.rounds, args.warmup, args.seconds, args.device)
     for spec, row in zip(args.models, rows):
         row.update(harness.summarize(times[spec], times[args.models[0]], args.batch_size))
     return rows
-
-
-def show(rows: List[Dict[str, Any]]) -> None:
-    compiled = f'compiled ({rows[0]["compile"]}), ' if rows[0]['compile'] else ''
-    print(f'\n{rows[0]["mode"]}, {compiled}{rows[0]["dtype"]}, batch {rows[0]["batch_size"]}, '
-          f'{len(rows[0]["seconds"])} rounds')
-    print(f'{"model":32} {"params M":>9} {"GMACs":>8} {"img/s":>9} {"memory MB":>10} {"speed-up":>9}  (min - max)')
-    for r in rows:
-        params = f'{r["params"] / 1e6:.2f}' if r['params'] else ''  # neither is known of an ONNX file
-        gmacs = f'{r["multiply_adds"] / 1e9:.3f}' if r['multiply_adds'] else ''
-        memory = f'{r["peak_memory"] / 1e6:.0f}' if r['peak_memory'] else ''
-        spread = f'({r["speed_up_min"]:.3f} - {r["speed_up_max"]:.3f})'
-        print(f'{r["model"]:32} {params:>9} {gmacs:>8} {r["images_per_second"]:9.1f} '
-              f'{memory:>10} {r["speed_up"]:9.3f}  {spread}')
 
 
 def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
@@ -163,11 +180,10 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
     if args.suite:
         lines = [shlex.split(line, comments=True) for line in args.suite.read_text().splitlines()]
         runs = [parse_args(line) for line in lines if line]  # all of them are checked before the first one starts
-    report = harness.Report('speed', args.output, args.device, sys.argv[1:] if argv is None else argv)
+    report = harness.Report('speed', args.output, args.device, argv)
     for i, run in enumerate(runs):
         rows = harness.in_new_process(measure, run) if args.suite else measure(run)
         report.add(*({'run': i, **row} for row in rows))
-        show(rows)
     return report.data
 
 

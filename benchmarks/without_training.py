@@ -7,7 +7,7 @@
     python benchmarks/without_training.py output/accuracy/dense-seed0-*.pt --data-dir cifar10 --time-only --fused \\
         --tome ToMe --pitome PiToMe --evit evit --output benchmarks/results/without_training-speed.json
     python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --finetune 2 \\
-        --similarity 0.6 --attention 0.5 --output benchmarks/results/finetuned.json
+        --similarity 0.6 --attention 0.5 --pictures --blocks --output benchmarks/results/finetuned.json
 
 Accuracy is that of dense models which accuracy.py has trained, on all validation pictures of --data-dir, and the
 Kullback-Leibler divergence of predictions from the dense model's. Speed is measured on DeiT-S with random weights and
@@ -16,8 +16,7 @@ speed.py that keep memory in the allocator. Methods are compared at their share 
 authors of ToMe and PiToMe write attention out: `fused` is their method with the fused one that all others use. What a
 user would do instead is a dense model of fewer blocks, or the same one on smaller pictures.
 
-Checkouts are those of github.com/facebookresearch/ToMe, github.com/hchautran/PiToMe and
-github.com/youweiliang/evit.
+Checkouts are those of github.com/facebookresearch/ToMe, /hchautran/PiToMe and /youweiliang/evit.
 """
 import argparse
 import copy
@@ -38,14 +37,19 @@ from torch import nn
 
 from timm_evovit import evolve
 
+Row = Dict[str, Any]
+DEIT_S = 'deit_small_patch16_224'  # the model that is timed
+MERGED = (0.5, 0.625, 0.75, 0.875, 1.)  # parts of the patches that ToMe merges
+LEFT = (0.5, 0.4, 0.3, 0.25, 0.2)  # parts of the patches that are left by the last block of PiToMe
+KEPT = (0.8, 0.7, 0.6, 0.5)  # parts of the patches that EViT keeps, three times
+
 
 def methods(dense: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
     """Models by method and setting."""
     models = {f'similarity {ratio}': evolve(dense, ratio) for ratio in args.similarity}
     models.update({f'attention {ratio}': evo_deit(dense, ratio) for ratio in args.attention})
     for name, create, checkout, settings in (
-            ('ToMe', tome, args.tome, args.merged), ('PiToMe', pitome, args.pitome, args.left),
-            ('EViT', evit, args.evit, args.kept)):
+            ('ToMe', tome, args.tome, MERGED), ('PiToMe', pitome, args.pitome, LEFT), ('EViT', evit, args.evit, KEPT)):
         if checkout:
             models.update({f'{name} {setting}': create(dense, setting, checkout).eval() for setting in settings})
     for name in [name for name in models if args.fused and name.startswith(('ToMe', 'PiToMe'))]:
@@ -169,7 +173,7 @@ def load(checkpoint: Path, args: argparse.Namespace) -> Tuple[nn.Module, Dict[st
     if not report['finished']:
         raise SystemExit(f"{checkpoint} is of epoch {len(report['top1'])}, its training is not finished")
     settings = accuracy.parse_args(['train', report['variant'], '--data-dir', str(args.data_dir)])
-    vars(settings).update(report['configuration'], work_dir=args.work_dir, limit=args.limit)
+    vars(settings).update(report['configuration'])
     dense = accuracy.create_model(report['variant'], report['num_classes'], settings).eval()
     dense.load_state_dict(state['model'])
     return dense, report, settings
@@ -186,27 +190,26 @@ def compare(found: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> D
                 kl=divergence.mean().item(), kl_error=divergence.std().item() / len(lost) ** 0.5)
 
 
-def measure_accuracy(checkpoint: Path, args: argparse.Namespace) -> List[Dict[str, Any]]:
+def name_of(checkpoint: Path) -> str:
+    return checkpoint.name.rpartition('-')[0]
+
+
+def measure_accuracy(checkpoint: Path, args: argparse.Namespace) -> Iterator[Row]:
     dense, report, settings = load(checkpoint, args)
-    images, labels = accuracy.decode(settings.val_split, settings)
+    images, labels = accuracy.load_pictures('validation', settings)
     expected = predict(dense, images)
-    rows = []
     for method, model in {'dense': dense, **methods(dense, args)}.items():
-        found = expected if model is dense else predict(model, images)
-        rows.append(dict(
-            model=checkpoint.name.rpartition('-')[0], method=method, share=share(model, dense),
-            epochs=len(report['top1']), images=len(labels), **compare(found, expected, labels)))
-        print('{model}, {method}: share {share:.3f}, {top1:.2f} %, {lost:.2f} +- {lost_error:.2f} lost, '
-              'divergence {kl:.2f}'.format(**rows[-1]), flush=True)
-    return rows
+        yield dict(
+            model=name_of(checkpoint), method=method, share=share(model, dense), epochs=len(report['top1']),
+            images=len(labels), **compare(predict(model, images), expected, labels))
 
 
-def finetune(checkpoint: Path, args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
+def finetune(checkpoint: Path, args: argparse.Namespace) -> Iterator[Row]:
     """Train the dense model and each method for more epochs, all from the checkpoint and with the same batches."""
     dense, report, settings = load(checkpoint, args)
     set_fused_attn(not settings.no_fused_attn)
     vars(settings).update(epochs=args.finetune, lr=args.lr, warmup_epochs=0)
-    train, (images, labels) = (accuracy.decode(split, settings) for split in (settings.train_split, settings.val_split))
+    train, (images, labels) = (accuracy.load_pictures(split, settings) for split in ('train', 'validation'))
     updates_per_epoch = len(train[1]) // settings.batch_size
     expected = None
     for method in ['dense', *methods(dense, args)]:
@@ -215,86 +218,57 @@ def finetune(checkpoint: Path, args: argparse.Namespace) -> Iterator[Dict[str, A
         before = 100 * (predict(model.eval(), images).argmax(dim=1) == labels).double().mean().item()
         trainer = accuracy.Trainer(model, updates_per_epoch, settings)
         torch.manual_seed(report['seed'])
-        updates = 0
         for epoch in range(args.finetune):
             trainer.set_epoch(epoch)
-            for batch, target in accuracy.batches(*train, len(report['top1']) + epoch, report['seed'], settings):
-                trainer.scheduler.step_update(updates)
+            data = accuracy.batches(*train, len(report['top1']) + epoch, report['seed'], settings)
+            for update, (batch, target) in enumerate(data, epoch * updates_per_epoch):
+                trainer.scheduler.step_update(update)
                 trainer.step(accuracy.normalize(batch), target)
-                updates += 1
         found = predict(model.eval(), images)
         expected = found if expected is None else expected
-        row = dict(
-            model=checkpoint.name.rpartition('-')[0], method=method, share=share(model, dense), before=before,
+        yield dict(
+            model=name_of(checkpoint), method=method, share=share(model, dense), before=before,
             epochs=args.finetune, lr=args.lr, images=len(labels), **compare(found, expected, labels))
-        print('{model}, {method}: share {share:.3f}, {before:.2f} %, fine-tuned {top1:.2f} %'.format(**row), flush=True)
-        yield row
 
 
-def measure_speed(dense: nn.Module, name: str, batch_size: int, args: argparse.Namespace) -> List[Dict[str, Any]]:
+def measure_speed(dense: nn.Module, name: str, batch_size: int, args: argparse.Namespace) -> Iterator[Row]:
     models = {'dense': dense, **methods(dense, args)}
     images = torch.randn(batch_size, dense.in_chans, *dense.patch_embed.img_size)
     with torch.inference_mode():
-        steps = {name: lambda model=model: model(images) for name, model in models.items()}
+        steps = {method: lambda model=model: model(images) for method, model in models.items()}
         times = harness.time_in_turns(steps, args.rounds, warmup=1, seconds=0.)
-    rows = []
     for method, model in models.items():
-        rows.append(dict(
-            model=name, method=method, share=share(model, dense), batch_size=batch_size,
-            **harness.summarize(times[method], times['dense'], batch_size)))
-        print('{model}, {method}: share {share:.3f}, speed-up {speed_up:.2f}'.format(**rows[-1]), flush=True)
-    return rows
+        yield dict(model=name, method=method, share=share(model, dense), batch_size=batch_size,
+                   **harness.summarize(times[method], times['dense'], batch_size))
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument('checkpoints', nargs='*', type=Path, metavar='CHECKPOINT')
     parser.add_argument('--data-dir', type=Path, help='pictures, as accuracy.py takes them')
-    parser.add_argument('--work-dir', type=Path, default=Path('output/accuracy'), help='that of accuracy.py')
-    parser.add_argument('--limit', type=int, default=0, help='take so many pictures only')
     parser.add_argument('--similarity', type=float, nargs='*', default=[0.7, 0.6, 0.5, 0.4], help='keep ratios')
-    parser.add_argument(
-        '--attention', type=float, nargs='*', default=[0.7, 0.5, 0.3],
-        help='keep ratios of an Evo-DeiT with the same weights, which selects by class attention')
+    parser.add_argument('--attention', type=float, nargs='*', default=[0.7, 0.5, 0.3], help='those of an Evo-DeiT')
     parser.add_argument('--tome', type=Path, metavar='CHECKOUT', help='of ToMe')
-    parser.add_argument(
-        '--merged', type=float, nargs='*', default=[0.5, 0.625, 0.75, 0.875, 1.],
-        help='parts of the patches that ToMe merges')
     parser.add_argument('--pitome', type=Path, metavar='CHECKOUT', help='of PiToMe')
-    parser.add_argument(
-        '--left', type=float, nargs='*', default=[0.5, 0.4, 0.3, 0.25, 0.2],
-        help='parts of the patches that are left by the last block of PiToMe')
     parser.add_argument('--evit', type=Path, metavar='CHECKOUT', help='of EViT')
-    parser.add_argument(
-        '--kept', type=float, nargs='*', default=[0.8, 0.7, 0.6, 0.5],
-        help='parts of the patches that EViT keeps, three times')
     parser.add_argument('--fused', action='store_true', help='ToMe and PiToMe with fused attention as well')
-    parser.add_argument(
-        '--pictures', type=float, nargs='*', default=[0.875, 0.75], help='parts of the side of smaller pictures')
+    parser.add_argument('--pictures', type=float, nargs='*', default=[0.875, 0.75], help='parts of their side')
     parser.add_argument('--blocks', type=float, nargs='*', default=[0.75, 0.625], help='parts of the blocks')
-    parser.add_argument(
-        '--finetune', type=int, default=0, metavar='EPOCHS', help='train checkpoints by every method, time nothing')
+    parser.add_argument('--finetune', type=int, default=0, metavar='EPOCHS', help='train by every method, time nothing')
     parser.add_argument('--lr', type=float, default=3e-4, help='of --finetune')
-    parser.add_argument('--model', default='deit_small_patch16_224', help='model that is timed')
-    parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--rounds', type=int, default=7, help='rounds of timing, 0 for none')
     parser.add_argument('--time-only', action='store_true', help='no accuracy')
-    parser.add_argument('--output', type=Path, metavar='JSON', help='result file')
     args = parser.parse_args(argv)
     if args.checkpoints and not args.data_dir:
         parser.error('--data-dir is needed to evaluate checkpoints')
-    report = harness.Report('without_training', args.output, argv=sys.argv[1:] if argv is None else argv)
+    report = harness.Report('without_training', args.output, argv=argv)
     for checkpoint in args.checkpoints if not args.time_only else ():
-        if args.finetune:
-            for row in finetune(checkpoint, args):
-                report.add(row)
-        else:
-            report.add(*measure_accuracy(checkpoint, args))
+        for row in (finetune if args.finetune else measure_accuracy)(checkpoint, args):
+            report.add(row)
     if args.rounds and not args.finetune:
-        report.add(*measure_speed(timm.create_model(args.model).eval(), args.model, args.batch_size, args))
+        report.add(*measure_speed(timm.create_model(DEIT_S).eval(), DEIT_S, 32, args))
         for checkpoint in args.checkpoints[:1]:
-            name = checkpoint.name.rpartition('-')[0]
-            report.add(*measure_speed(load(checkpoint, args)[0], name, 4 * args.batch_size, args))
+            report.add(*measure_speed(load(checkpoint, args)[0], name_of(checkpoint), 128, args))
 
 
 if __name__ == '__main__':
