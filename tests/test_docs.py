@@ -5,15 +5,12 @@ A comment in front of a block of Python says if it is not run, and why, or what 
     <!-- not run: REASON -->
     <!-- run: OLD => NEW; OLD => NEW -->
 """
-import ast
 import os
 import re
 import shlex
 import shutil
 from configparser import ConfigParser
 from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import timm
@@ -47,17 +44,10 @@ IN_SMALL = {  # part of a command: arguments that take the place of those before
 every_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
 
 
-class Block(NamedTuple):
-    mark: str  # 'run', 'not run' or ''
-    words: str
-    language: str
-    code: str
-
-
 def blocks(page, language):
-    found = [Block(mark or '', words or '', lang, re.sub(f'^{indent}', '', code, flags=re.MULTILINE))
-             for mark, words, indent, lang, code in BLOCK.findall(page.read_text())]
-    return [block for block in found if block.language == language]
+    """Mark ('run', 'not run' or ''), its words and the code of each block."""
+    return [(mark, words, re.sub(f'^{indent}', '', code, flags=re.MULTILINE))
+            for mark, words, indent, found, code in BLOCK.findall(page.read_text()) if found == language]
 
 
 def prose(page):
@@ -66,8 +56,8 @@ def prose(page):
 
 def commands(page):
     """Commands in blocks of shell, each as a list of words."""
-    for block in blocks(page, 'bash'):
-        for line in block.code.replace('\\\n', ' ').splitlines():
+    for *_, code in blocks(page, 'bash'):
+        for line in code.replace('\\\n', ' ').splitlines():
             words = shlex.split(re.sub(r'\$\(.*\)', 'VALUE', line), comments=True)
             while words:
                 end = words.index('&&') if '&&' in words else len(words)
@@ -81,62 +71,32 @@ def anchors(page):
     return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
-
-
-def test_every_page_is_reached_from_the_readme():
-    text = (ROOT / 'README.md').read_text()
-    missing = [page.name for page in PAGES[1:] if page.name != 'package_index.md' and page.name not in text]
-    assert not missing
-
-
 @every_page
-def test_links(page):
+def test_links_and_files(page):
+    """Links lead somewhere, and files of the repository that are named anywhere exist."""
     for target in re.findall(r'\[[^]]*\]\(([^)\s]+)\)', prose(page)):
-        if '://' in target:
-            continue
         file, _, anchor = target.partition('#')
         path = page.parent / file if file else page
-        assert path.exists(), target
-        if anchor:
-            assert anchor in anchors(path), target
-
-
-@every_page
-def test_files(page):
-    """Files of the repository that are named anywhere exist, but for results and pictures of them."""
+        assert '://' in target or path.exists() and (not anchor or anchor in anchors(path)), target
     named = set(re.findall(
         r'(?<![\w/])(?:benchmarks|docs|examples|tests|timm_evovit)/[\w/.-]*\.(?:md|py|txt|yaml)\b', page.read_text()))
     named.discard('tests/test_models.py')  # timm's
     assert not [name for name in named if not (ROOT / name).is_file()]
 
 
-@every_page
-def test_python_compiles(page):
-    for block in blocks(page, 'python'):
-        ast.parse(block.code)
-        assert block.mark != 'not run' or block.words
-
-
 @pytest.mark.slow
 @every_page
 def test_python_runs(page, tmp_path):
-    """The blocks of a page one after the other, in one process."""
+    """The blocks of a page one after the other, in one process. The others compile."""
     program = ''
-    for block in blocks(page, 'python'):
-        code = block.code
-        if block.mark == 'not run':
-            continue
-        for change in filter(None, block.words.split('; ')):
-            old, _, new = change.partition('=>')
-            old, new = old.strip(), new.strip()
-            assert old in code, f'{page.name}: {old!r} is not in the block'
-            code = code.replace(old, new)
-        program += code + '\n'
-    if program:
-        (tmp_path / 'page.py').write_text(program)
-        run(tmp_path / 'page.py', cwd=tmp_path)
+    for mark, words, code in blocks(page, 'python'):
+        for old, new in re.findall(r'([^;]*?) => ?([^;]*)', words) if mark == 'run' else ():
+            assert old.strip() in code, f'{page.name}: {old!r} is not in the block'
+            code = code.replace(old.strip(), new.strip())
+        compile(code, page.name, 'exec')
+        program += '' if mark == 'not run' else code + '\n'
+    (tmp_path / 'page.py').write_text(program)
+    run(tmp_path / 'page.py', cwd=tmp_path)
 
 
 @pytest.fixture(scope='module')
@@ -196,12 +156,6 @@ def test_commands_run(page, checkout):
         pytest.skip(f"{left_out} commands need timm's scripts, set TIMM_REPO to a checkout; the others passed")
 
 
-def test_what_is_not_run_is_there():
-    lines = [' '.join(words) for page in PAGES for words in commands(page)]
-    assert not [part for part in NOT_RUN if not any(re.match(part, line) for line in lines)]
-    assert not [part for part in IN_SMALL if not any(part in line for line in lines)]
-
-
 @every_page
 def test_commands_of_the_package(page):
     """timm-evovit and pip take what the page gives them."""
@@ -210,38 +164,27 @@ def test_commands_of_the_package(page):
     for words in commands(page):
         if words[0] == 'timm-evovit':
             _parser().parse_args(words[1:])
-        elif words[:2] == ['pip', 'install']:
-            for extra in re.findall(r'\.\[([\w,]+)\]', ' '.join(words)):
-                assert set(extra.split(',')) <= set(setup['options.extras_require']), extra
+        for extra in re.findall(r"\.\[([\w,]+)\]", ' '.join(words)) if words[:2] == ['pip', 'install'] else ():
+            assert set(extra.split(',')) <= set(setup['options.extras_require']), extra
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('timms', [False, pytest.param(True, marks=needs_timm_repo)], ids=['ours', 'timm'])
+@every_page
+def test_options_of_programs(page, timms):
+    """Of ours and of timm's scripts, of commands too that are not run here."""
+    for words in commands(page):
+        line = ' '.join(words)
+        found = re.search(r'(?:train|validate)\.py' if timms else r'(?:benchmarks|examples)/\w+\.py', line)
+        if found and re.match('python|torchrun', line) and timms != (' examples/' in line or ' benchmarks/' in line):
+            command = re.match(r' (train|time) ', line[found.end():])
+            script = TIMM_REPO / found[0] if timms else ROOT / found[0]
+            options = set(re.findall(r' (--?[a-z][\w-]*)', line[found.end():]))
+            options.discard('--config')  # train.py reads this one before the others, and its help does not name it
+            text = usage(script, command and command[1])
+            assert not [option for option in options if not re.search(rf'(?<![\w-]){option}(?![\w-])', text)], line
 
 
 @lru_cache(None)
 def usage(script, command):
-    """Help of a program, or of a command of it."""
     return run(script, *filter(None, [command]), '--help', cwd=ROOT)
-
-
-def check_options(words, script):
-    command = words[0] if words and not words[0].startswith('-') else None
-    options = {word.partition('=')[0] for word in words if re.match(r'--?[a-z]', word)}
-    options.discard('--config')  # train.py reads this one before the others, and its help does not name it
-    text = usage(script, command if script.name == 'accuracy.py' else None)
-    assert not [option for option in options if not re.search(rf'(?<![\w-]){option}(?![\w-])', text)], script.name
-
-
-@pytest.mark.slow
-@every_page
-def test_options_of_our_programs(page):
-    for words in commands(page):
-        if words[0] == 'python' and words[1].startswith(('benchmarks/', 'examples/')):
-            check_options(words[2:], ROOT / words[1])
-
-
-@needs_timm_repo
-@pytest.mark.slow
-@every_page
-def test_options_of_timms_scripts(page):
-    for words in commands(page):
-        script = next((i for i, word in enumerate(words) if word.endswith(('train.py', 'validate.py'))), None)
-        if words[0] in ('python', 'torchrun') and script is not None:
-            check_options(words[script + 1:], TIMM_REPO / Path(words[script]).name)
