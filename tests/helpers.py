@@ -76,7 +76,7 @@ def images_for(model, n=3, seed=1):
     return images(n, tuple(size), getattr(model, 'in_chans', 3), seed).to(next(model.parameters()).dtype)
 
 
-def informative_indices(tokens):
+def own_indices(tokens):
     """Raster indices of the informative patches of every image, ascending."""
     return [mask.flatten().nonzero().flatten().tolist() for mask in tokens.mask]
 

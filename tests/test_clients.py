@@ -7,7 +7,7 @@ from helpers import build, images_for
 from timm.layers import set_fused_attn
 from timm.utils import AttentionExtract
 
-from timm_evovit import evolve, informative_tokens
+from timm_evovit import evolve, find_slow_tokens
 
 KINDS = {
     'deit': lambda seed=0: build('evo_deit_tiny', seed),
@@ -59,7 +59,7 @@ def test_attention_extract(method, unfused):
     dense, model = (build(name, depth=6, global_pool='token') for name in ('deit_tiny_patch16_224', 'evo_deit_tiny'))
     model.load_state_dict(dense.state_dict())
     x = images_for(model)
-    first, second = informative_tokens(model, x)
+    first, second = find_slow_tokens(model, x)
     maps, dense_maps = [list(AttentionExtract(m, method=method)(x).values()) for m in (model, dense)]
     assert [tuple(m.shape) for m in maps] == [(3, 3, 17, 17)] * 2 + [(3, 3, 9, 9)] * 4
     torch.testing.assert_close(maps[:2], dense_maps[:2])
@@ -110,7 +110,7 @@ def test_lora(kind, tmp_path):
     torch.testing.assert_close(merged(x), y, rtol=1e-4, atol=1e-4)
     assert {type(m) for m in merged.modules()} == {type(m) for m in model.modules()}
     merged.set_keep_ratio(0.25)
-    assert all(t.mask.float().mean() < 0.5 for t in informative_tokens(merged, x)[:1])
+    assert all(t.mask.float().mean() < 0.5 for t in find_slow_tokens(merged, x)[:1])
 
 
 # OpenVINO

@@ -5,14 +5,14 @@ from itertools import permutations
 import pytest
 import timm
 import torch
-from helpers import TINY, images, informative_indices, tiny
+from helpers import TINY, images, own_indices, tiny
 from helpers import build_deit as build
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from reference import image_logits
 from torch.nn import functional as F
 
-from timm_evovit import AssistedLoss, informative_tokens
+from timm_evovit import AssistedLoss, find_slow_tokens
 from timm_evovit.training import mix_heads
 
 NAME = 'evo_deit_tiny_patch16_224'
@@ -52,7 +52,7 @@ def test_matches_the_written_out_method(kwargs, batch):
     with torch.no_grad():
         logits = model(x)
         intermediates = model.forward_intermediates(x, output_fmt='NLC', return_prefix_tokens=True)[1]
-    found = {t.block: informative_indices(t) for t in informative_tokens(model, x)}
+    found = {t.block: own_indices(t) for t in find_slow_tokens(model, x)}
     model.set_assisted_training()
     pair = model.train()(x)
     for b, image in enumerate(x):
@@ -71,15 +71,15 @@ def test_matches_the_written_out_method(kwargs, batch):
 def test_reference_runs_more_than_one_kind_of_stage():
     """The comparison above would mean little if selection never left a placeholder out or always the same."""
     model = build()
-    first, second = informative_tokens(model, images(4))
+    first, second = find_slow_tokens(model, images(4))
     assert (first.block, second.block) == (4, 8)
     assert first.mask.sum(dim=(1, 2)).tolist() == second.mask.sum(dim=(1, 2)).tolist() == [8] * 4
     assert (first.mask != second.mask).any() and (first.mask[0] != first.mask[1]).any()
     model.set_keep_ratio((0.25, 1))
-    mixed, = informative_tokens(model, images())
+    mixed, = find_slow_tokens(model, images())
     assert mixed.block == 4 and mixed.mask.sum(dim=(1, 2)).tolist() == [4, 4]
     model.set_keep_ratio(1e-6)
-    assert all(t.mask.sum(dim=(1, 2)).tolist() == [1, 1] for t in informative_tokens(model, images()))
+    assert all(t.mask.sum(dim=(1, 2)).tolist() == [1, 1] for t in find_slow_tokens(model, images()))
 
 
 def test_without_class_token():
@@ -260,9 +260,9 @@ def test_set_input_size_and_dynamic_sizes():
     model = build()
     model.set_input_size((48, 32))
     assert model(images(2, (48, 32))).shape == (2, 10)
-    assert informative_tokens(model, images(2, (48, 32)))[0].mask.shape == (2, 6, 4)
+    assert find_slow_tokens(model, images(2, (48, 32)))[0].mask.shape == (2, 6, 4)
     dynamic = build(dynamic_img_size=True)
-    assert informative_tokens(dynamic, images(1, (16, 40)))[0].mask.shape == (1, 2, 5)
+    assert find_slow_tokens(dynamic, images(1, (16, 40)))[0].mask.shape == (1, 2, 5)
     with pytest.raises(AssertionError, match='32'):
         build()(images(1, (40, 40)))
 
@@ -280,14 +280,14 @@ def test_initialisation_is_timms():
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-# informative_tokens
+# find_slow_tokens
 
 def test_informative_tokens():
-    for t in informative_tokens(build(), images()):
+    for t in find_slow_tokens(build(), images()):
         assert t.mask.shape == t.attention.shape == (2, 4, 4) and t.mask.dtype == torch.bool
         assert t.attention[t.mask].min() > 0
         for mask, attention in zip(t.mask, t.attention):
             assert attention[mask].min() >= attention[~mask].max()
-    assert len(informative_tokens(build(selection='layer'), images())) == 8
+    assert len(find_slow_tokens(build(selection='layer'), images())) == 8
     with pytest.raises(TypeError, match='VisionTransformer'):
-        informative_tokens(timm.create_model('deit_tiny_patch16_224', **TINY), images())
+        find_slow_tokens(timm.create_model('deit_tiny_patch16_224', **TINY), images())

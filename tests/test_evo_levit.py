@@ -4,7 +4,7 @@ import helpers
 import pytest
 import timm
 import torch
-from helpers import TINY_LEVIT, assert_same_weights, authors_names, informative_indices, tiny
+from helpers import TINY_LEVIT, assert_same_weights, authors_names, own_indices, tiny
 from helpers import build_levit as build
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.utils import reparameterize_model
 from torch.nn import functional as F
 
-from timm_evovit import AssistedLoss, attention, informative_tokens
+from timm_evovit import AssistedLoss, attention, find_slow_tokens
 
 NAME = 'evo_levit_128s'
 
@@ -60,7 +60,7 @@ def test_matches_the_written_out_method(kwargs):
         torch.testing.assert_close(model.forward_features(x), after[-1])
         for features, tokens in zip(model.forward_intermediates(x)[1], after):
             torch.testing.assert_close(features.flatten(2).transpose(1, 2), tokens[:, 1:])
-    assert [informative_indices(t) for t in informative_tokens(model, x)] == reference.kept
+    assert [own_indices(t) for t in find_slow_tokens(model, x)] == reference.kept
 
     model.train().set_distilled_training()
     model.set_assisted_training()
@@ -89,14 +89,14 @@ def test_matches_the_written_out_method(kwargs):
 
 def test_reference_runs_more_than_one_kind_of_stage():
     """The comparison above would mean little if selection never left a placeholder out or always the same."""
-    found = informative_tokens(build(), images(4, seed=3))
+    found = find_slow_tokens(build(), images(4, seed=3))
     assert [t.block for t in found] == [2, 4, 6]
     assert [tuple(t.mask.shape[1:]) for t in found] == [(4, 4), (2, 2), (1, 1)]
     assert [t.mask.sum(dim=(1, 2)).tolist() for t in found] == [[8] * 4, [2] * 4, [1] * 4]
     assert (found[0].mask[0] != found[0].mask[1]).any()
-    assert [t.block for t in informative_tokens(build(selection='layer'), images())] == [2, 3, 4, 5, 6, 7]
-    assert [t.block for t in informative_tokens(build(depth=(2, 3, 4)), images())] == [2, 5]
-    assert [t.block for t in informative_tokens(build(depth=(1, 1, 1), keep_ratio=(0.5, 1, 0.5)), images())] == [2]
+    assert [t.block for t in find_slow_tokens(build(selection='layer'), images())] == [2, 3, 4, 5, 6, 7]
+    assert [t.block for t in find_slow_tokens(build(depth=(2, 3, 4)), images())] == [2, 5]
+    assert [t.block for t in find_slow_tokens(build(depth=(1, 1, 1), keep_ratio=(0.5, 1, 0.5)), images())] == [2]
 
 
 def recorded_model(**kwargs):
@@ -209,7 +209,7 @@ def test_features_are_complete_grids(size, grids):
     torch.testing.assert_close(model.forward_head(final, pre_logits=True), maps[-1].mean(dim=(2, 3)))
     early = model.forward_intermediates(x, [1], stop_early=True)
     assert torch.equal(early[1][0], maps[1]) and early[0].shape[2] == 24
-    assert [t.mask.shape[1:] for t in informative_tokens(model, x)] == grids
+    assert [t.mask.shape[1:] for t in find_slow_tokens(model, x)] == grids
     backbone = timm.create_model(NAME, features_only=True, **tiny(NAME, img_size=size, out_indices=(0, 2))).eval()
     backbone.model.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(backbone(x), [maps[0], maps[2]])
@@ -241,8 +241,8 @@ def test_bfloat16_tells_close_patches_apart():
     torch.manual_seed(0)
     model = timm.create_model(NAME).eval()
     x = images(4, (224, 224))
-    full = informative_tokens(model, x)
-    half = informative_tokens(model.to(torch.bfloat16), x.bfloat16())
+    full = find_slow_tokens(model, x)
+    half = find_slow_tokens(model.to(torch.bfloat16), x.bfloat16())
     assert all((a.mask & b.mask).sum() > 0.95 * a.mask.sum() for a, b in zip(full, half))
 
 

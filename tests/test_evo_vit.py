@@ -8,7 +8,7 @@ import pytest
 import reference
 import timm
 import torch
-from helpers import TINY, assert_same_weights, images, images_for, informative_indices
+from helpers import TINY, assert_same_weights, images, images_for, own_indices
 from safetensors.torch import load_file
 from timm.models._features import FeatureGetterNet
 from timm.models.eva import Eva, EvaBlockPostNorm
@@ -20,7 +20,7 @@ from timm.models.vision_transformer import (
     ResPostBlock,
 )
 
-from timm_evovit import evolve, informative_tokens
+from timm_evovit import evolve, find_slow_tokens
 
 SMALL = dict(TINY, depth=6)
 NO_CLASS_TOKEN = dict(class_token=False, global_pool='avg')
@@ -134,12 +134,12 @@ def test_evolves_the_blocks_it_is_given(name, config, kwargs):
     before = dense(x)
     evolved = evolve(dense, **kwargs)
     expected = written_out(dense, evolved, x)
-    found = informative_tokens(evolved, x)
+    found = find_slow_tokens(evolved, x)
     assert [t.block for t in found] == list(expected[0].kept) and len(found) >= 2
     for t in found:
         assert t.attention is None
         assert t.groups.flatten(1).tolist() == [r.kept[t.block] for r in expected]
-        assert informative_indices(t) == [
+        assert own_indices(t) == [
             [j for j, g in enumerate(r.kept[t.block]) if r.kept[t.block].count(g) == 1] for r in expected]
     tokens = dense.norm(torch.stack([r.tokens for r in expected]))
     torch.testing.assert_close(evolved(x), dense.forward_head(tokens))
@@ -284,7 +284,7 @@ def test_another_input_size():
     x = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(0)).double()
     dense = build_dense(img_size=(48, 32))
     dense.load_state_dict(evolved.state_dict())
-    assert torch.equal(evolved(x), evolve(dense)(x)) and informative_tokens(evolved, x)[0].mask.shape == (2, 6, 4)
+    assert torch.equal(evolved(x), evolve(dense)(x)) and find_slow_tokens(evolved, x)[0].mask.shape == (2, 6, 4)
 
 
 def test_arguments_are_those_of_the_model_as_built():

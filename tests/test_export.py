@@ -10,7 +10,7 @@ from timm.utils import reparameterize_model
 from torch._dynamo.testing import CompileCounter
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from timm_evovit import evolve, informative_tokens
+from timm_evovit import evolve, find_slow_tokens
 
 SMALL = dict(TINY, depth=3)
 LEVIT = dict(TINY_LEVIT, img_size=96, key_dim=8, depth=(3, 1, 1))
@@ -39,7 +39,7 @@ class WithGroups(torch.nn.Module):
         self.model = model
 
     def forward(self, images):
-        selections = self.model.forward_selections(images)
+        selections = self.model.forward_slow_tokens(images)
         return self.model(images), *[s.groups if s.attention is None else s.mask for s in selections]
 
 
@@ -76,7 +76,7 @@ def test_script_and_fx(name):
     scripted.eval()
     torch.testing.assert_close(scripted(x), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(TypeError, match='model must evolve'):
-        informative_tokens(scripted, x)
+        find_slow_tokens(scripted, x)
 
 
 @pytest.mark.slow

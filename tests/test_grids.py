@@ -6,7 +6,7 @@ import timm
 import torch
 from helpers import build, images
 
-from timm_evovit import evolve, informative_tokens
+from timm_evovit import evolve, find_slow_tokens
 from timm_evovit.tokens import as_fraction, num_kept
 
 
@@ -51,12 +51,12 @@ def test_one_exported_program_for_every_size(name, kwargs):
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_informative_tokens_of_a_feature_backbone():
+def test_find_slow_tokens_of_a_feature_backbone():
     x = images(2, 32)
     for model in (
             timm.create_model('evo_deit_tiny', img_size=32, patch_size=8, features_only=True),
             evolve(timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, features_only=True))):
-        found = informative_tokens(model, x)
+        found = find_slow_tokens(model, x)
         assert found and [t.mask.shape for t in found] == [(2, 4, 4)] * len(found)
-        for t, expected in zip(found, informative_tokens(model.model, x)):
+        for t, expected in zip(found, find_slow_tokens(model.model, x)):
             assert t.block == expected.block and torch.equal(t.mask, expected.mask)

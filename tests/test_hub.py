@@ -9,7 +9,7 @@ import torch
 from helpers import assert_same_weights, authors_names, build_deit, build_levit, images, run_python
 from safetensors.torch import save_file
 
-from timm_evovit import evolve, informative_tokens
+from timm_evovit import evolve, find_slow_tokens
 from timm_evovit.checkpoints import BY_SIMILARITY
 from timm_evovit.hub import PUBLISHED
 
@@ -65,7 +65,7 @@ def test_deits_weights(hub):
                    dict(selection='layer'), dict(layer_to_stage_epochs=2)):
         model = create('evo_deit_tiny', **kwargs)
         assert model.slow_tokens == 'attention' and model.keep_ratio == (0.5, 0.5) and model.global_pool == 'token'
-        assert informative_tokens(model, x)[0].attention is not None
+        assert find_slow_tokens(model, x)[0].attention is not None
     assert create('evo_deit_tiny', keep_ratio=0.7, slow_tokens='similarity').keep_ratio == evolve(dense, 0.7).keep_ratio
     pinned = create('evo_deit_tiny', pretrained_cfg_overlay=dict(hf_hub_id='timm/deit_tiny_patch16_224.fb_in1k@main'))
     assert pinned.global_pool == 'token'

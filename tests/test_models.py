@@ -8,7 +8,7 @@ from helpers import FAMILIES, both_families, build, from_command_line, images_fo
 from timm.optim import param_groups_layer_decay
 from torch.utils._pytree import tree_leaves
 
-from timm_evovit import informative_tokens
+from timm_evovit import find_slow_tokens
 
 
 @pytest.mark.parametrize('name, assisted, alone', [
@@ -137,11 +137,11 @@ def test_pruning_keeps_the_evolution(family, last):
     model = build(family, representative_token=True)
     x = images_for(model)
     expected = model.forward_intermediates(x, [last], intermediates_only=True)[0]
-    kept = [t for t in informative_tokens(model, x) if t.block <= last or family == 'levit'][:last + 1]
+    kept = [t for t in find_slow_tokens(model, x) if t.block <= last or family == 'levit'][:last + 1]
     assert model.prune_intermediate_layers([last], prune_head=False) == [last]
     torch.testing.assert_close(model.forward_intermediates(x, intermediates_only=True)[-1], expected)
     model.set_keep_ratio(0.25)  # still a working model
-    found = informative_tokens(model, x)
+    found = find_slow_tokens(model, x)
     assert [t.block for t in found] == [t.block for t in kept]
     assert all(t.mask.sum() == 3 * max(1, t.mask[0].numel() // 4) for t in found)
     model.reset_classifier(3, 'avg')

@@ -11,7 +11,7 @@ from helpers import FAMILIES, both_families, build, layerwise_phase
 from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
-from timm_evovit import informative_tokens
+from timm_evovit import find_slow_tokens
 
 
 def images(family, n=4, seed=1):
@@ -48,7 +48,7 @@ def test_layer_wise_for_so_many_epochs(family):
         model.eval()
         with torch.no_grad():
             torch.testing.assert_close(model(x), twin(family, model).eval()(x))
-    assert [len(informative_tokens(m, x)) for m in (model, stage)] == [len(informative_tokens(stage, x))] * 2
+    assert [len(find_slow_tokens(m, x)) for m in (model, stage)] == [len(find_slow_tokens(stage, x))] * 2
 
 
 @both_families
@@ -116,13 +116,13 @@ def test_a_scheduled_model_from_the_meta_device(family):
 
 
 @both_families
-def test_informative_tokens_starts_no_epoch(family):
+def test_find_slow_tokens_starts_no_epoch(family):
     model = build(family, layer_to_stage_epochs=1).train()
-    selections = len(informative_tokens(model, images(family)))
+    selections = len(find_slow_tokens(model, images(family)))
     assert model.epochs_started == 1 and layerwise_phase(model) and model.training
-    assert selections == len(informative_tokens(build(family), images(family)))
+    assert selections == len(find_slow_tokens(build(family), images(family)))
     compiled = torch.compile(model, backend='eager')
-    assert len(informative_tokens(compiled, images(family))) == selections
+    assert len(find_slow_tokens(compiled, images(family))) == selections
     assert model.epochs_started == 1 and layerwise_phase(model) and model.training
 
 

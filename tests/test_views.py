@@ -15,7 +15,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from timm_evovit import evolve, informative_tokens
+from timm_evovit import evolve, find_slow_tokens
 
 KINDS = {
     'vit': ('vit_base_patch16_224', {}),
@@ -342,7 +342,7 @@ def test_tiny_ratios():
     evolved = evolve(dense, (ratio, ratio), (1, 3))
     x = images_for(dense)
     assert evolved(x).isfinite().all()
-    assert informative_tokens(evolved, x)[-1].groups.unique().numel() == 1
+    assert find_slow_tokens(evolved, x)[-1].groups.unique().numel() == 1
     assert evolve(dense, ratio)(x).isfinite().all()
 
 

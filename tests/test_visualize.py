@@ -6,7 +6,7 @@ import torch
 from helpers import build
 from PIL import Image
 
-from timm_evovit.tokens import InformativeTokens
+from timm_evovit.tokens import SlowTokens
 from timm_evovit.tools.cli import main
 from timm_evovit.tools.visualize import draw, find_images, sheet, visualize
 
@@ -59,7 +59,7 @@ def test_drawings_are_not_images(photos):
 
 def panels(pixels, mask, groups, attention=None, draw_attention=False):
     """Panels (SIDE, SIDE, 3) of one stage, and the colours of the scale below each."""
-    tokens = InformativeTokens(4, torch.tensor([mask]), torch.tensor([groups]), attention)
+    tokens = SlowTokens(4, torch.tensor([mask]), torch.tensor([groups]), attention)
     drawn = np.asarray(draw(pixels, [tokens], draw_attention, '')).astype(int)
     count = drawn.shape[1] // (SIDE + GAP)
     columns = [drawn[:, GAP + i * (SIDE + GAP):(i + 1) * (SIDE + GAP)] for i in range(count)]

@@ -7,7 +7,7 @@ import torch
 from helpers import assert_same_weights, build, build_deit, build_levit, images, images_for
 from torch.nn import functional as F
 
-from timm_evovit import evolve, informative_tokens
+from timm_evovit import evolve, find_slow_tokens
 
 MODELS = {
     'deit': build_deit,
@@ -64,18 +64,18 @@ def test_low_precision(kind):
         assert F.cosine_similarity(model(x).float().flatten(), full.flatten(), dim=0) > 0.97
     half = model.to(torch.bfloat16)(x.bfloat16())
     assert half.dtype == torch.bfloat16 and F.cosine_similarity(half.float().flatten(), full.flatten(), dim=0) > 0.9
-    attention = informative_tokens(model, x.bfloat16())[0].attention
+    attention = find_slow_tokens(model, x.bfloat16())[0].attention
     assert attention is None if kind == 'evolved' else attention.dtype == torch.float32
 
 
 @all_models
 def test_nothing_is_left_behind(kind, tmp_path):
-    """By inference, informative_tokens, and a keep ratio that is refused or taken back; copy and pickle are the same."""
+    """By inference, find_slow_tokens, and a keep ratio that is refused or taken back; copy and pickle are the same."""
     model = MODELS[kind]().train()
     model.head.eval()
     x, before = images_for(model, 2), copy.deepcopy(model)
     state = {name: (set(vars(m)), m.training) for name, m in model.named_modules()}
-    informative_tokens(model, x)
+    find_slow_tokens(model, x)
     for bad in (0, (0.5,) * 9, 'x'):
         with pytest.raises((ValueError, TypeError)):
             model.set_keep_ratio(bad)

@@ -4,11 +4,11 @@ Importing this package registers its models with timm.
 """
 import timm.models  # noqa: F401 first: where plugins load by themselves, it imports the models below
 
+from .base import find_slow_tokens
 from .evo_deit import EvoVisionTransformer
 from .evo_levit import EvoLevit
 from .evo_vit import evolve
-from .informative import informative_tokens
 from .training import AssistedLoss
 
 __version__ = '0.1.0'
-__all__ = ['AssistedLoss', 'EvoLevit', 'EvoVisionTransformer', 'evolve', 'informative_tokens']
+__all__ = ['AssistedLoss', 'EvoLevit', 'EvoVisionTransformer', 'evolve', 'find_slow_tokens']

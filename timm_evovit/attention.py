@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from .tokens import InformativeTokens, as_fraction, at_least_float32, num_kept, take_tokens
+from .tokens import SlowTokens, as_fraction, at_least_float32, num_kept, take_tokens
 
 
 class Schedule(NamedTuple):
@@ -53,18 +53,18 @@ class EvolutionState:
     """State of one forward pass, which goes through the layers of a model and is updated by them.
 
     `tradeoff` is the weight of each layer's class attention in the global one: numbers or a tensor. `take_indices` are
-    blocks whose output is wanted, also inside a stage; `selections` receives what each stage selects, (B, n). It is no
+    blocks whose output is wanted, also inside a stage; `slow_tokens` receives what each stage selects, (B, n). It is no
     dataclass: FSDP hands on copies of these.
     """
 
     def __init__(
             self, schedule: Schedule, tradeoff: Union[Sequence[float], torch.Tensor], num_prefix_tokens: int = 1,
             representative_token: bool = False, grad_checkpointing: bool = False, take_indices: Sequence[int] = (),
-            selections: Optional[List[InformativeTokens]] = None,
+            slow_tokens: Optional[List[SlowTokens]] = None,
     ) -> None:
         self.schedule, self.tradeoff, self.num_prefix_tokens = schedule, tradeoff, num_prefix_tokens
         self.representative_token, self.grad_checkpointing = representative_token, grad_checkpointing
-        self.take_indices, self.selections = take_indices, selections
+        self.take_indices, self.slow_tokens = take_indices, slow_tokens
         self.layer = 0  # attention layers that are done
         self.global_attn: Optional[torch.Tensor] = None  # (B, n), inside a stage (B, K)
         self.intermediates: List[torch.Tensor] = []  # (B, N, C) each, complete
@@ -224,10 +224,10 @@ def run_blocks(blocks: Iterable[nn.Module], x: torch.Tensor, state: EvolutionSta
             x = block.grid(x)
             if keep_ratio[0] < keep_ratio[1]:
                 stage, kept_attn = split_tokens(x, state.global_attn, keep_ratio, P, state.representative_token)
-                if state.selections is not None:
+                if state.slow_tokens is not None:
                     groups = stage.slow_idx[:, P:] - P
-                    state.selections.append(
-                        InformativeTokens(i, groups < kept_attn.shape[1], groups, state.global_attn))
+                    state.slow_tokens.append(
+                        SlowTokens(i, groups < kept_attn.shape[1], groups, state.global_attn))
                 x, state.global_attn = stage.slow, kept_attn
         if state.schedule.needs_class_attention[state.layer]:
             run = run_with_class_attention

@@ -157,7 +157,7 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         evolving_vit.check_no_mask(kwargs.get('attn_mask'), kwargs.get('is_causal', False))
         state = attention.EvolutionState(
             self.schedule, self.tradeoff, self.num_prefix_tokens, self.representative_token, self.grad_checkpointing,
-            kwargs.get('take_indices', ()), kwargs.get('selections'))
+            kwargs.get('take_indices', ()), kwargs.get('slow_tokens'))
         return attention.run_blocks(list(self.blocks)[:num_blocks], x, state), state.intermediates
 
     def forward_head(

@@ -17,7 +17,7 @@ from .base import check, check_flag, is_number
 from .checkpoints import levit_checkpoint_filter_fn as checkpoint_filter_fn
 from .checkpoints import rename_levit
 from .hub import build_model, entry_point, evo_cfg, published_cfg, resolve_weights
-from .tokens import InformativeTokens
+from .tokens import SlowTokens
 
 __all__ = ['EvoLevit']  # entry_point will add each model to this
 
@@ -311,15 +311,15 @@ class EvoLevit(training.PaperModel, levit.LevitDistilled):
                     intermediates.append(x[:, 1:].unflatten(1, stage.grid_size).permute(0, 3, 1, 2).contiguous())
         return intermediates if intermediates_only else (x, intermediates)
 
-    def forward_selections(self, x: torch.Tensor) -> List[InformativeTokens]:
+    def forward_slow_tokens(self, x: torch.Tensor) -> List[SlowTokens]:
         """As the base class says. Blocks are counted through the stages, without downsampling attentions."""
-        found: List[InformativeTokens] = []
+        found: List[SlowTokens] = []
         first = 0
         x, state = self._embed(x)
         for stage in self.stages:
-            state.selections = []
+            state.slow_tokens = []
             x = stage(x, state)
-            found += [s._replace(block=first + s.block).on_grid(stage.grid_size) for s in state.selections]
+            found += [s._replace(block=first + s.block).on_grid(stage.grid_size) for s in state.slow_tokens]
             first += len(stage.blocks)
         return found
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from . import similarity
 from .base import EvolvingModel, check_stages, is_number
-from .tokens import InformativeTokens, as_fraction
+from .tokens import SlowTokens, as_fraction
 
 
 @torch.fx.wrap
@@ -137,7 +137,7 @@ class EvolvingVit(EvolvingModel):
         found: Any = list(zip(intermediates, prefix_tokens)) if return_prefix_tokens else intermediates
         return found if intermediates_only else (self.norm(x), found)
 
-    def forward_selections(self, x: torch.Tensor) -> List[InformativeTokens]:
-        found: List[InformativeTokens] = []
-        self._run(x, selections=found)
+    def forward_slow_tokens(self, x: torch.Tensor) -> List[SlowTokens]:
+        found: List[SlowTokens] = []
+        self._run(x, slow_tokens=found)
         return [s.on_grid(self._grid_size(x)) for s in found]

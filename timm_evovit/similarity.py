@@ -20,7 +20,7 @@ from timm.models import checkpoint
 from torch import nn
 from torch.nn import functional as F
 
-from .tokens import InformativeTokens, at_least_float32, larger, num_kept, take_tokens
+from .tokens import SlowTokens, at_least_float32, larger, num_kept, take_tokens
 
 
 def default_stages(depth: int) -> List[int]:
@@ -272,11 +272,11 @@ class TokenGroups:
         # rows padded to a multiple of 8: otherwise fused attention on a GPU copies the mask in every block
         return F.pad(weights.log().to(x.dtype), [0, 8 - M % 8])[:, :, None, :M]
 
-    def informative(self, block: int) -> InformativeTokens:
+    def slow_tokens(self, block: int) -> SlowTokens:
         """What patches (B, n) the tokens stand for that `block` is the first to run on."""
         P, slow_idx, weights = self.num_prefix_tokens, self.slow_idx, self.weights
         assert slow_idx is not None and weights is not None
-        return InformativeTokens(block, (weights[:, 0].gather(1, slow_idx) == 1)[:, P:], slow_idx[:, P:] - P, None)
+        return SlowTokens(block, (weights[:, 0].gather(1, slow_idx) == 1)[:, P:], slow_idx[:, P:] - P, None)
 
     def take_rope(self, rope: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of the patches as timm's blocks take it to that of the slow tokens.
@@ -293,7 +293,7 @@ def run_blocks(
         blocks: Iterable[nn.Module], x: torch.Tensor, stages: Dict[int, Tuple[int, int]], num_prefix_tokens: int,
         rope: Any = None, rope_per_block: bool = False, attn_mask: Optional[torch.Tensor] = None,
         is_causal: bool = False, key_mask: Optional[torch.Tensor] = None, grad_checkpointing: bool = False,
-        take_indices: Sequence[int] = (), selections: Optional[List[InformativeTokens]] = None,
+        take_indices: Sequence[int] = (), slow_tokens: Optional[List[SlowTokens]] = None,
         grid_size: Optional[Tuple[int, int]] = None,
 ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
     """Run the blocks of a Vision Transformer on groups of like tokens.
@@ -307,7 +307,7 @@ def run_blocks(
         attn_mask, is_causal: Mask of the blocks before the first stage. With stages it must be one of keys.
         key_mask: The mask of keys that `attn_mask` stands for, if that is none.
         grad_checkpointing: Recompute each block in the backward pass.
-        take_indices, selections: Blocks whose output is wanted, complete; receives the groups of each stage, (B, n).
+        take_indices, slow_tokens: Blocks whose output is wanted, complete; receives the groups of each stage, (B, n).
         grid_size: Height and width of the patch grid, None if it is not known.
 
     Returns tokens (B, N, C) after the last block, in raster order, and those after each block of `take_indices`.
@@ -340,8 +340,8 @@ def run_blocks(
             ratio, args = stages[i], dense_args
             if groups.slow_idx is not None:
                 args = {**dense_args, 'attn_mask': groups.attn_mask(x)}
-                if selections is not None:
-                    selections.append(groups.informative(i))
+                if slow_tokens is not None:
+                    slow_tokens.append(groups.slow_tokens(i))
         if rope is not None and (starts or i == 0 or rope_per_block):
             args = {**args, 'rope': groups.take_rope(rope[i] if rope_per_block else rope)}
         block_args = {} if isinstance(block, nn.Identity) else args  # timm's way to take a block out

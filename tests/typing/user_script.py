@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_evovit import AssistedLoss, EvoLevit, EvoVisionTransformer, evolve, informative_tokens
+from timm_evovit import AssistedLoss, EvoLevit, EvoVisionTransformer, evolve, find_slow_tokens
 
 images = torch.randn(2, 3, 224, 224)
 target = torch.tensor([0, 1])
@@ -27,7 +27,7 @@ features = evolve(timm.create_model('vit_small_patch16_224', features_only=True)
 maps: List[torch.Tensor] = features(images)
 
 # which patches were informative
-for tokens in informative_tokens(fast, images):
+for tokens in find_slow_tokens(fast, images):
     block: int = tokens.block
     share: float = tokens.mask.float().mean().item()
     groups: torch.Tensor = tokens.groups.amax()
@@ -60,5 +60,5 @@ levit.set_keep_ratio((0.7, 0.5, 0.5))
 criterion(levit(images), target).backward()
 levit_args: Dict[str, Any] = levit.model_args
 levit.push_to_hf_hub('organisation/name')
-for selection in levit.forward_selections(images):
+for selection in levit.forward_slow_tokens(images):
     print(selection.block, selection.mask.shape)

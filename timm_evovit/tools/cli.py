@@ -50,7 +50,7 @@ def _visualize(args: argparse.Namespace) -> int:
     if not paths:
         return 1
     model, _ = _create(args)
-    if not hasattr(model, 'forward_selections'):
+    if not hasattr(model, 'forward_slow_tokens'):
         model = evolve(model)
     if args.attention and (not isinstance(model, PaperModel) or getattr(model, 'by_similarity', False)):
         raise ValueError(
@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     add('model', metavar='MODEL', help='name of the model, such as evo_deit_small_patch16_224')
     add('checkpoint', metavar='CHECKPOINT', nargs='?', help='default: the published one, downloaded by gdown')
 
-    add = command(_visualize, model, 'draw which patches a model calls informative, or which share a slow token')
+    add = command(_visualize, model, 'draw the slow tokens that a model makes of pictures')
     add('images', metavar='IMAGE', nargs='+', help='image file, folder of images or glob pattern')
     add('--model', metavar='NAME', required=True, help='Evo-ViT, or Vision Transformer to be evolved')
     add('--attention', action='store_true', help='also draw the class attention behind each selection')

@@ -13,8 +13,8 @@ from torchvision.transforms import InterpolationMode, Resize
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from ..informative import informative_tokens
-from ..tokens import InformativeTokens
+from ..base import find_slow_tokens
+from ..tokens import SlowTokens
 
 PANEL, GAP, LINE = 224, 8, 18  # pixels: smallest height of a panel, space between panels, height of a line of text
 
@@ -45,7 +45,7 @@ def tint(heat: torch.Tensor, grey: Any) -> torch.Tensor:
     return 0.6 * grey + 0.4 * torch.cat([2 * heat, 2 * heat - 1, 1 - 2 * heat]).clamp(0.2, 1)
 
 
-def draw(pixels: torch.Tensor, tokens: Sequence[InformativeTokens], attention: bool, caption: str) -> Image.Image:
+def draw(pixels: torch.Tensor, tokens: Sequence[SlowTokens], attention: bool, caption: str) -> Image.Image:
     """Draw pixels (3, H, W) in [0, 1] and, for each stage of this one image, the tokens that its blocks run on.
 
     Each has a line around it, and a group its mean colour. Patches that were not selected are blue. `attention` adds
@@ -112,6 +112,6 @@ def visualize(model: Any, paths: Iterable[Path], attention: bool = False) -> Ite
         except Exception as e:  # decoders raise errors of every kind
             yield path, e
             continue
-        tokens = informative_tokens(model, x.unsqueeze(0).to(weight.dtype))
+        tokens = find_slow_tokens(model, x.unsqueeze(0).to(weight.dtype))
         pixels = (x * std + mean).clamp(0, 1).expand(3, -1, -1)
         yield path, draw(pixels, tokens, attention, str(Path(*path.parts[-2:])))
