@@ -1,6 +1,6 @@
 """Training steps of the distributed test, importable by the processes that it starts."""
 import torch
-from helpers import FAMILIES, build, images, layerwise_phase
+from helpers import FAMILIES, FEW_BLOCKS, build, images, layerwise_phase
 from timm import task
 from torch import distributed, nn
 
@@ -22,7 +22,7 @@ class Teacher(nn.Module):
 
 def make_task(family, selection, loss):
     """Model and task, under whose care each version of timm gives the model another name."""
-    model = build(FAMILIES[family], depth=(3, 1, 2) if family == 'levit' else 4, **SELECTIONS[selection])
+    model = build(FAMILIES[family], depth=FEW_BLOCKS[family], **SELECTIONS[selection])
     if loss == 'distilled':
         return model, task.TokenDistillationTask(
             model, Teacher(), nn.CrossEntropyLoss(), distill_type='hard', task_loss_weight=0.5, verbose=False)

@@ -15,6 +15,7 @@ from timm.utils import ParseKwargs
 TINY = dict(num_classes=10, img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2)
 TINY_LEVIT = dict(num_classes=10, img_size=64, embed_dim=(16, 24, 32), key_dim=4, num_heads=(2, 3, 4), depth=(4, 2, 2))
 FAMILIES = {'deit': 'evo_deit_tiny', 'levit': 'evo_levit_128s'}
+FEW_BLOCKS = {'deit': 4, 'levit': (3, 1, 1)}  # with selections in them, for what takes long
 both_families = pytest.mark.parametrize('family', FAMILIES)
 
 

@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from helpers import build, images_for
+from helpers import FEW_BLOCKS, build, images_for
 from timm.layers import set_fused_attn
 from timm.utils import AttentionExtract
 
@@ -24,8 +24,8 @@ every_kind = pytest.mark.parametrize('kind', KINDS)
 def test_compiled(kind):
     """Gradients; compiled code follows a change of the keep ratio, also back to what it was."""
     torch._dynamo.reset()
-    model = KINDS[kind]().train()
-    x = images_for(model)
+    model = evolve(build('vit_base_patch16_224', depth=3)) if kind == 'evolved' else build(kind, depth=FEW_BLOCKS[kind])
+    x = images_for(model.train())
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
     gradients, outputs = [], []
     for m in (model, compiled):
@@ -34,12 +34,12 @@ def test_compiled(kind):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     model.eval()
     with torch.no_grad():
-        for keep_ratio in (0.5, 0.25, 1, 0.5):
+        for keep_ratio in (0.5, 1, 0.5):
             compiled.set_keep_ratio(keep_ratio)
             outputs.append(compiled(x))
             torch.testing.assert_close(outputs[-1], model(x))
-    assert torch.equal(outputs[0], outputs[3])
-    assert not any(torch.allclose(outputs[0], y, rtol=1e-3, atol=1e-3) for y in outputs[1:3])
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
 
 
 # Attention maps

@@ -138,7 +138,7 @@ def test_pruning_keeps_the_evolution(family, last):
     x = images_for(model)
     expected = model.forward_intermediates(x, [last], intermediates_only=True)[0]
     kept = [t for t in find_slow_tokens(model, x) if t.block <= last or family == 'levit'][:last + 1]
-    assert model.prune_intermediate_layers([last], prune_head=False) == [last]
+    assert model.prune_intermediate_layers([last], prune_head=False) == [last] and len(model.keep_ratio) == len(kept)
     torch.testing.assert_close(model.forward_intermediates(x, intermediates_only=True)[-1], expected)
     model.set_keep_ratio(0.25)  # still a working model
     found = find_slow_tokens(model, x)

@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from helpers import TINY, both_families, build, images_for, layerwise_phase
+from helpers import FEW_BLOCKS, TINY, both_families, build, images_for, layerwise_phase
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -47,7 +47,7 @@ def test_compiled_once_for_each_phase(family):
         graphs.append(graph)
         return graph
 
-    model = build(family, layer_to_stage_epochs=2)
+    model = build(family, layer_to_stage_epochs=2, depth=FEW_BLOCKS[family])
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     x = images_for(model, 4)
     counts = []

@@ -7,7 +7,7 @@ import helpers
 import pytest
 import timm
 import torch
-from helpers import FAMILIES, both_families, build, layerwise_phase
+from helpers import FAMILIES, FEW_BLOCKS, both_families, build, layerwise_phase
 from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 
@@ -181,7 +181,8 @@ def test_distributed(two_processes, case, monkeypatch):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_mixed_precision(family, dtype):
     """A batch is learned under autocast and loss scaling, with half precision where it pays."""
-    model = build(family, representative_token=True, layer_to_stage_epochs=1).train()
+    model = build(
+        family, representative_token=True, layer_to_stage_epochs=1, depth=FEW_BLOCKS[family]).train()
     x, y = images(family), torch.arange(4)
     scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 8, enabled=dtype == torch.float16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
