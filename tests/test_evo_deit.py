@@ -282,7 +282,7 @@ def test_initialisation_is_timms():
 
 # find_slow_tokens
 
-def test_informative_tokens():
+def test_slow_tokens_that_are_found():
     for t in find_slow_tokens(build(), images()):
         assert t.mask.shape == t.attention.shape == (2, 4, 4) and t.mask.dtype == torch.bool
         assert t.attention[t.mask].min() > 0
