@@ -106,7 +106,7 @@ def main():
               f'{training[name]:11.1f}')
         timm.models.save_for_hf(models[name], args.output / name, model_args=model_args, safe_serialization=True)
     drawn = [min(folder.iterdir()) for folder in sorted((digits / 'validation').glob('[2358]'))]
-    picture = args.output / 'informative_tokens.png'
+    picture = args.output / 'slow_tokens.png'
     sheet([drawing for _, drawing in visualize(models[evo], drawn)]).save(picture)
     print(f'{statistics.median(a / b for a, b in rounds):.2f} times as fast in inference, '
           f'{training[dense] / training[evo]:.2f} in training; picture: {picture}')

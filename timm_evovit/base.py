@@ -1,14 +1,12 @@
-"""What every evolving model shares: checks of arguments, the keep ratio, which slow tokens it makes."""
+"""What every evolving model shares: checks of arguments, the keep ratio."""
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, Iterator, List, Sequence, Tuple, Type, Union
+from typing import Any, Iterator, Sequence, Tuple, Type, Union
 
 import torch
-from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from .hub import SavedArgs
-from .tokens import SlowTokens
 
 
 def check(ok: bool, name: str, wanted: str, value: Any, error: Type[Exception] = ValueError) -> None:
@@ -90,22 +88,3 @@ class EvolvingModel(SavedArgs):
         """What TorchScript compiles: the graph of this model in evaluation mode."""
         with eval_mode(self):
             return torch.fx.symbolic_trace(self)
-
-
-@torch.no_grad()
-def find_slow_tokens(model: nn.Module, images: torch.Tensor) -> List[SlowTokens]:
-    """Find out which patches a model gives slow tokens of their own, and which share one, stage by stage.
-
-    Args:
-        model: Evolving model, also in the wrapper of `features_only=True`. Used in evaluation mode and left as it was.
-        images: (B, in_chans, H, W), transformed as the model wants them.
-
-    Raises:
-        TypeError: The model does not evolve tokens.
-    """
-    if isinstance(model, FeatureGetterNet):
-        model = model.model
-    if not hasattr(model, 'forward_slow_tokens'):  # a compiled model has it too
-        raise TypeError(f'model must evolve, as that of timm_evovit.evolve(model) does, got {type(model).__name__}.')
-    with eval_mode(model):
-        return model.forward_slow_tokens(images)

@@ -7,7 +7,8 @@ from torch import nn
 
 from . import similarity
 from .base import EvolvingModel, check_stages, is_number
-from .tokens import SlowTokens, as_fraction
+from .slow_tokens import SlowTokens
+from .tokens import as_fraction
 
 
 @torch.fx.wrap

@@ -3,21 +3,9 @@
 Shapes use B images, N tokens of which P are prefix tokens (class token first), n = N - P patches, C channels.
 """
 from fractions import Fraction
-from typing import NamedTuple, Optional, Tuple
+from typing import Tuple
 
 import torch
-
-
-class SlowTokens(NamedTuple):
-    """One division of the patches among slow tokens, on the grid of patches."""
-    block: int  # the first block that runs on the slow tokens only
-    mask: torch.Tensor  # (B, H, W) bool, True where a patch is a slow token of its own
-    groups: torch.Tensor  # (B, H, W) number of the slow token that each patch belongs to
-    attention: Optional[torch.Tensor]  # (B, H, W) global class attention that decided, None by similarity
-
-    def on_grid(self, grid_size: Tuple[int, int]) -> 'SlowTokens':
-        """From patches in raster order, (B, n)."""
-        return SlowTokens(self.block, *(x if x is None else x.unflatten(1, grid_size) for x in self[1:]))
 
 
 def as_fraction(ratio: float) -> Tuple[int, int]:

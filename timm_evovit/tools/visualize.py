@@ -13,8 +13,7 @@ from torchvision.transforms import InterpolationMode, Resize
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from ..base import find_slow_tokens
-from ..tokens import SlowTokens
+from ..slow_tokens import SlowTokens, find_slow_tokens
 
 PANEL, GAP, LINE = 224, 8, 18  # pixels: smallest height of a panel, space between panels, height of a line of text
 
