@@ -227,8 +227,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: torch.Tensor, state: EvolutionSta
                 stage, kept_attn = split_tokens(x, state.global_attn, keep_ratio, P, state.representative_token)
                 if state.slow_tokens is not None:
                     groups = stage.slow_idx[:, P:] - P
-                    state.slow_tokens.append(
-                        SlowTokens(i, groups < kept_attn.shape[1], groups, state.global_attn))
+                    state.slow_tokens.append(SlowTokens(i, groups < kept_attn.shape[1], groups, state.global_attn))
                 x, state.global_attn = stage.slow, kept_attn
         if state.schedule.needs_class_attention[state.layer]:
             run = run_with_class_attention

@@ -31,12 +31,8 @@ def at_least_float32(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def flat_idx(token_idx: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Indices (B, M) into the tokens of each image to indices into the tokens (B * num_tokens) of all."""
-    return (token_idx + num_tokens * torch.arange(token_idx.shape[0], device=token_idx.device).unsqueeze(1)).flatten()
-
-
 def take_tokens(x: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
     """Tokens (B, M, C) of x (B, N, C), by index (B, M): faster on a CPU than gather or x[i, j]."""
-    rows = x.flatten(0, 1).index_select(0, flat_idx(token_idx, x.shape[1]))
+    first = x.shape[1] * torch.arange(token_idx.shape[0], device=x.device).unsqueeze(1)  # of each image
+    rows = x.flatten(0, 1).index_select(0, (token_idx + first).flatten())
     return rows.view(token_idx.shape[0], token_idx.shape[1], x.shape[2])

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -44,18 +43,16 @@ def _visualize(args: argparse.Namespace) -> int:
     found = {name: find_images(name, args.output) for name in args.images}
     missing = [name for name, paths in found.items() if not paths]
     for name in missing:
-        print(f'timm-evovit: {name} is skipped: no image found; files in the output folder {args.output} are left out',
-              file=sys.stderr)
-    paths = list(dict.fromkeys(chain.from_iterable(found.values())))
+        print(f'timm-evovit: {name} is skipped: no image found; those in --output are left out', file=sys.stderr)
+    paths = list(dict.fromkeys(sum(found.values(), [])))
     if not paths:
         return 1
     model, _ = _create(args)
     if not hasattr(model, 'forward_slow_tokens'):
         model = evolve(model)
     if args.attention and (not isinstance(model, PaperModel) or getattr(model, 'by_similarity', False)):
-        raise ValueError(
-            f'--attention draws class attention; {args.model} groups patches by similarity: leave --attention out, or '
-            'take a model that selects patches by it, Evo-LeViT or Evo-DeiT with --model-kwargs slow_tokens=attention.')
+        raise ValueError(f'{args.model} groups patches by similarity, without class attention: leave --attention out, '
+                         'or take Evo-LeViT or Evo-DeiT with --model-kwargs slow_tokens=attention.')
 
     args.output.mkdir(parents=True, exist_ok=True)
     drawings, names = [], Counter(sheet=1)
@@ -70,9 +67,8 @@ def _visualize(args: argparse.Namespace) -> int:
     if drawings:
         sheet(drawings).save(args.output / 'sheet.png')
     drawn = names.total() - 1
-    wanted = len(paths) + len(missing)
-    print(f'{args.output}: {drawn} of {wanted} images drawn')
-    return int(drawn < wanted)
+    print(f'{args.output}: {drawn} of {len(paths) + len(missing)} images drawn')
+    return int(drawn < len(paths) or bool(missing))
 
 
 def _find_pictures(args: argparse.Namespace, model: Any) -> Any:
