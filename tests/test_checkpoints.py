@@ -4,9 +4,11 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
+import yaml
 from helpers import FAMILIES, TINY, assert_same_weights, authors_names, both_families, build, build_deit, images, tiny
 
-from timm_evovit.checkpoints import BY_SIMILARITY
+from timm_evovit import evolve
+from timm_evovit.checkpoints import BY_SIMILARITY, load_model
 
 NAME = FAMILIES['deit']
 
@@ -153,3 +155,54 @@ def test_weights_by_similarity_are_assigned_to_a_model_on_meta():
         model = timm.create_model('evo_deit_tiny', **tiny('evo_deit_tiny', slow_tokens='similarity', pos_embed='none'))
     model.load_state_dict(weights, assign=True)
     assert_same_weights(model.to('cpu'), weights)
+
+
+TRAINED = dict(  # what train.py writes into args.yaml, lists in place of tuples
+    model=NAME, num_classes=None, gp='token', in_chans=None, input_size=[1, 32, 48], img_size=None, crop_pct=0.8, mean=[0.3],
+    std=None, interpolation='', pretrained=False, pretrained_path=None,
+    model_kwargs=dict(img_size=[32, 48], patch_size=8, embed_dim=24, num_heads=3, depth=6))
+
+
+@pytest.mark.parametrize('change, given, expected', [
+    ({}, {}, dict(crop_pct=0.8, slow_tokens='attention', keep_ratio=(0.7, 0.7))),
+    ({}, dict(name=f'{NAME}_patch16_224', data=dict(crop_pct=1.), keep_ratio=0.3),
+     dict(crop_pct=1., slow_tokens='attention', keep_ratio=(0.3, 0.3))),
+    (dict(pretrained=True, crop_pct=None, keep_ratio=None), {},  # as `evolve` has it
+     dict(crop_pct=0.9, slow_tokens='similarity', keep_ratio=evolve(timm.create_model('vit_tiny_patch16_224', depth=6)).keep_ratio)),
+    (dict(pretrained=True, crop_pct=None, pretrained_path='x.pth'), {},
+     dict(crop_pct=0.875, slow_tokens='attention', keep_ratio=(0.7, 0.7)))])
+def test_arguments_of_train_py(tmp_path, change, given, expected):
+    """They are read from args.yaml beside the checkpoint, also what DeiT's own weights had set up; what is given wins."""
+    args = {**TRAINED, **change}
+    args['model_kwargs'] = {**args['model_kwargs'], 'keep_ratio': args.pop('keep_ratio', 0.7)}
+    kwargs = {**args['model_kwargs'], 'in_chans': 1, 'global_pool': 'token', 'num_classes': 10}
+    model = timm.create_model(NAME, slow_tokens=expected['slow_tokens'], **kwargs)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(args))
+    given = dict(given)
+    loaded, name, found = load_model(given.pop('name', None), checkpoint=tmp_path / 'last.pth.tar', **given)
+    assert_same_weights(loaded, model)
+    assert name.startswith(NAME) and found['depth'] == 6 and loaded.global_pool == 'token'
+    data = timm.data.resolve_model_data_config(loaded)
+    assert data['input_size'] == (1, 32, 48) and data['mean'] == (0.3,) and len(data['std']) == 1
+    found = dict(crop_pct=data['crop_pct'], slow_tokens=loaded.slow_tokens, keep_ratio=loaded.keep_ratio)
+    assert found == expected
+
+
+def test_size_of_a_dynamic_model(tmp_path):
+    """It takes any, so train.py's --img-size is that of the pictures."""
+    kwargs = dict(TINY, dynamic_img_size=True, depth=2)
+    torch.save(timm.create_model('vit_tiny_patch16_224', **kwargs).state_dict(), tmp_path / 'a.pth')
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(dict(model='vit_tiny_patch16_224', img_size=96, model_kwargs=kwargs)))
+    for given, size in ({}, 96), (dict(img_size=32), 32):
+        model = load_model(None, checkpoint=tmp_path / 'a.pth', **given)[0]
+        assert model.pretrained_cfg['input_size'] == (3, size, size)
+
+
+@pytest.mark.parametrize('text, message', [
+    ('model: [', 'args.yaml cannot be read'), ('- 3', 'The model must be named'), ('lr: 3', 'The model must be named')])
+def test_args_yaml_of_something_else(tmp_path, text, message):
+    torch.save(build_deit().state_dict(), tmp_path / 'a.pth')
+    (tmp_path / 'args.yaml').write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_model(None, checkpoint=tmp_path / 'a.pth')

@@ -16,9 +16,11 @@ import torch
 from helpers import assert_same_weights, authors_names, build
 from safetensors.torch import load_file, save_file
 
+import timm_evovit
+from timm_evovit.checkpoints import read_weights
 from timm_evovit.hub import PUBLISHED
 from timm_evovit.tools.cli import main
-from timm_evovit.tools.convert import convert, read_weights
+from timm_evovit.tools.convert import convert
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2)
 TINY_LEVIT = dict(img_size=64, embed_dim=(16, 24, 32), key_dim=4, num_heads=(2, 3, 4), depth=(4, 2, 2))
@@ -96,6 +98,9 @@ def test_levit(levit, run, tmp_path):
     status, out = run('evo_levit_128s', path, kwargs=TINY_LEVIT)
     assert status == 0 and f'{len(read_weights(path))} tensors' in out and 'dropped' not in out
     assert_same_weights(model, load(tmp_path / 'out'))
+    for i, name in enumerate(['EvoLeViT_128S', 'Evo-LeViT-128S', 'evolevit_128s']):  # as the authors write it
+        assert run(name, path, kwargs=TINY_LEVIT, output=str(i))[0] == 0
+        assert json.loads((tmp_path / str(i) / 'config.json').read_text())['architecture'] == 'evo_levit_128s'
 
 
 def test_moving_average(deit, run, tmp_path):
@@ -132,11 +137,12 @@ def test_the_published_sizes(run, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_timms_train_script(deit, run, tmp_path):
-    """Of a compiled model; nobody knows who trained it."""
+    """Of a compiled model, beside its args.yaml; nobody knows who trained it."""
     state = {'_orig_mod.' + k: v for k, v in deit[0].state_dict().items()}
     args = argparse.Namespace(lr=5e-4)
     torch.save({'state_dict': state, 'optimizer': {}, 'args': args, 'metric': 71.3}, tmp_path / 'last.pth.tar')
-    assert run('evo_deit_tiny', tmp_path / 'last.pth.tar')[0] == 0
+    (tmp_path / 'args.yaml').write_text(json.dumps({'model': 'evo_deit_tiny', 'model_kwargs': TINY}))  # YAML, too
+    assert run('evo_deit_tiny', tmp_path / 'last.pth.tar', kwargs={})[0] == 0
     assert_same_weights(deit[0], load(tmp_path / 'out'))
     cfg = json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg']
     assert not cfg.keys() & {'tag', 'license', 'origin_url'}, 'these are not the weights of the authors'
@@ -185,11 +191,11 @@ def test_half_a_checkpoint(deit, tmp_path):
 
 @pytest.mark.parametrize('name, kwargs, message', [
     ('evo_deit_tiny', dict(TINY, img_size=48), r'size mismatch for pos_embed'),
-    ('evo_deit_tiny', dict(TINY, depth=11), r'Unexpected key.*blocks\.11'),
+    ('evo_deit_tiny', dict(TINY, depth=11), r'unexpected blocks\.11'),
     ('evo_deit_tiny', dict(TINY, in_chans=1), r'size mismatch for patch_embed\.proj\.weight'),
     ('evo_deit_tiny', dict(TINY, num_classes=7), r'size mismatch for head\.weight'),
-    ('evo_deit_tiny', dict(TINY, global_pool='token'), r'Missing key.*norm\.weight'),
-    ('evo_levit_128s', TINY_LEVIT, 'state_dict for EvoLevit'),
+    ('evo_deit_tiny', dict(TINY, global_pool='token'), r'missing norm\.weight'),
+    ('evo_levit_128s', TINY_LEVIT, 'missing tradeoff'),
     ('deit_tiny_patch16_224', {}, "must be an Evo-DeiT or Evo-LeViT, got 'deit_tiny"),
     ('evo_deit_tiny', dict(TINY, keep_ratio=3), 'keep_ratio'),
     ('evo_levit_128_384', {}, "A published model must be one of .* got 'evo_levit_128_384'"),
@@ -213,11 +219,13 @@ def test_a_write_that_fails_leaves_nothing(deit, run, monkeypatch, error, wanted
     assert status == wanted[0] and wanted[1] in out
 
 
-def test_the_command_is_installed():
-    assert entry_points(group='console_scripts')['timm-evovit'].load() is main
-    with pytest.raises(SystemExit) as e:
-        main(['convert', 'evo_deit_tiny'])
-    assert e.value.code == 2
+def test_the_command_is_installed(monkeypatch, capsys):
+    command = entry_points(group='console_scripts')['timm-evovit'].load()
+    for args, code, out in (['convert', 'evo_deit_tiny'], 2, ''), (['--version'], 0, f'timm-evovit {timm_evovit.__version__}\n'):
+        monkeypatch.setattr('sys.argv', ['timm-evovit', *args])
+        with pytest.raises(SystemExit) as e:
+            command()
+        assert e.value.code == code and capsys.readouterr().out == out
 
 
 def test_download(deit, run, tmp_path, monkeypatch):

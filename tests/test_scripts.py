@@ -5,6 +5,7 @@ They are in timm's repository, not in its package: set TIMM_REPO to a checkout o
 import ast
 import csv
 import importlib.util
+import json
 import re
 import sys
 
@@ -13,6 +14,8 @@ import timm
 import torch
 import yaml
 from programs import EXAMPLES, TIMM_REPO, needs_timm_repo, run, write_digits
+
+from timm_evovit.tools.cli import main as timm_evovit
 
 RECIPES = EXAMPLES / 'recipes'
 SMALL = ['img_size=32', 'patch_size=4', 'embed_dim=48', 'num_heads=3', 'depth=6']
@@ -61,7 +64,13 @@ def test_train_validate_resume(digits, tmp_path):
     assert [row['epoch'] for row in rows] == ['0', '1', '2', '3']
     assert float(rows[3]['train_loss']) < float(rows[0]['train_loss']) - 0.1
     log = run(TIMM_REPO / 'validate.py', *common, '--checkpoint', checkpoint, cwd=tmp_path)
-    assert read_top1(log) == pytest.approx(float(rows[3]['eval_top1']), abs=0.01)
+    top1 = read_top1(log)
+    assert top1 == pytest.approx(float(rows[3]['eval_top1']), abs=0.01)
+    # by args.yaml, without arguments of the model; a picture may be on the edge
+    timm_evovit(['sweep', '--checkpoint', str(checkpoint), '--data-dir', str(digits), '--output', str(tmp_path / 'sweep'),
+                 '--rounds', '1', '-j', '0', '--device', 'cpu', '--keep-ratio', '0.5'])
+    swept = json.loads((tmp_path / 'sweep' / 'sweep.json').read_text())['rows'][1]
+    assert swept['keep_ratio'] == 0.5 and swept['top1'] == pytest.approx(top1, abs=0.3)
     log = run(TIMM_REPO / 'train.py', *train[:-1], 'resumed', '--epochs', 5, '--resume', checkpoint, cwd=tmp_path)
     assert "Loaded checkpoint" in log and 'Train: 4' in log and 'Train: 3' not in log
     states = [torch.load(tmp_path / run / 'last.pth.tar', weights_only=False) for run in ('run', 'resumed')]

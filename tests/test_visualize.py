@@ -1,4 +1,6 @@
 """The command timm-evovit visualize: the files it finds, how it opens and draws them."""
+import json
+
 import numpy as np
 import pytest
 import timm
@@ -193,6 +195,9 @@ def test_weights_from_every_kind_of_file(photos, run, checkpoint, tmp_path, name
         status, _, err = run([photos / 'b.png'], '--model', name, *source, *options, output=str(i))
         assert status == 0 and 'random' not in err
         assert np.array_equal(Image.open(tmp_path / str(i) / 'b.png'), expected)
+    (tmp_path / 'args.yaml').write_text(json.dumps({'model': 'evo_deit_tiny', 'model_kwargs': DEIT}))  # YAML, too
+    assert run([photos / 'b.png'], '--checkpoint', path, output='trained')[0] == 0
+    assert np.array_equal(Image.open(tmp_path / 'trained' / 'b.png'), expected)
 
 
 @pytest.mark.parametrize('name, args', [

@@ -16,14 +16,12 @@ from torch import nn
 
 from . import attention, evolving_vit, training  # FX finds wrapped functions as attributes of their module
 from .base import check, check_flag, check_ratios
-from .checkpoints import BY_SIMILARITY, rename_deit, warn_by_attention
+from .checkpoints import BY_ATTENTION_ONLY, BY_SIMILARITY, deit_args, rename_deit, warn_by_attention
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
 from .evolving_vit import EvolvingVit
 from .hub import build_model, entry_point, evo_cfg, published_cfg, resolve_weights
 
 __all__ = ['EvoVisionTransformer']  # entry_point will add each model to this
-
-BY_ATTENTION_ONLY = dict(representative_token=False, tradeoff=None, selection='stage', layer_to_stage_epochs=0)
 
 
 class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
@@ -182,14 +180,8 @@ model_cfgs = {
 def _create_evo_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_weights(variant, pretrained, kwargs, f'{variant}.fb_in1k, which is DeiT made faster without training')
-    if pretrained and (cfg.hf_hub_id or '').partition('@')[0] in _deit_weights and not (cfg.file or cfg.state_dict):
-        # DeiT's norm and head were trained for the class token, and its weights know no selection by class attention
-        kwargs.setdefault('global_pool', 'token')
-        if all(kwargs.get(k, v) == v for k, v in BY_ATTENTION_ONLY.items()):
-            kwargs.setdefault('slow_tokens', 'similarity')
-        if kwargs.get('slow_tokens') == 'similarity':
-            kwargs.setdefault('keep_ratio', 0.6)
-    elif cfg.tag == 'fb_in1k' and cfg.source is None and 'crop_pct' not in overlay and cfg.crop_pct in (.9, 1.):
+    default = cfg.tag == 'fb_in1k' and cfg.source is None and 'crop_pct' not in overlay and cfg.crop_pct in (.9, 1.)
+    if not (pretrained and deit_args(cfg, kwargs)) and default:
         cfg = replace(cfg, crop_pct=.875)  # only the default tag, no DeiT weights are loaded: the paper's crop
     kwargs = {'out_indices': 3, **model_cfgs[variant.split('_')[2]], **kwargs}
     return build_model(EvoVisionTransformer, variant, pretrained, cfg, checkpoint_filter_fn, **kwargs)
@@ -221,7 +213,6 @@ default_cfgs = generate_default_cfgs({
     'evo_deit_base_patch16_384.fb_in1k': _deit_cfg(
         hf_hub_id='timm/deit_base_patch16_384.fb_in1k', input_size=(3, 384, 384), crop_pct=1.0),
 })
-_deit_weights = {cfg.cfgs['fb_in1k'].hf_hub_id for cfg in default_cfgs.values() if 'fb_in1k' in cfg.cfgs}
 for _short in ('evo_deit_tiny', 'evo_deit_small', 'evo_deit_base'):
     default_cfgs[_short] = default_cfgs[f'{_short}_patch16_224']
 

@@ -5,32 +5,31 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Dict, List, Optional, Tuple
 
-import timm
 import torch
 from safetensors import SafetensorError
-from timm.data import create_dataset, create_transform
+from timm.data import create_dataset, create_transform, resolve_model_data_config
 from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .. import __version__
 from ..base import check
+from ..checkpoints import load_model
 from ..evo_vit import evolve
 from ..training import PaperModel
-from .convert import convert, head_args, load_exactly, read_weights
+from .convert import convert
 from .sweep import Pictures, Setting, describe, how_to_use, plot, sweep, table
-from .visualize import data_config, find_images, sheet, visualize
+from .visualize import find_images, sheet, visualize
 
 
-def _create(args: argparse.Namespace) -> Tuple[Any, Dict[str, Any]]:
+def _create(args: argparse.Namespace, data: Optional[Dict[str, Any]] = None) -> Tuple[Any, Dict[str, Any]]:
     """The model that the command line describes, and the arguments that it was created with."""
-    weights = read_weights(args.checkpoint, args.use_ema) if args.checkpoint else {}
-    kwargs = {**head_args(weights), **args.model_kwargs}
-    model: Any = timm.create_model(args.model, pretrained=args.pretrained, **kwargs)
-    if weights:
-        load_exactly(model, weights, args.checkpoint)
-    elif not args.pretrained:
+    model, args.model, kwargs = load_model(
+        args.model, args.pretrained, args.checkpoint, args.use_ema, data, **args.model_kwargs)
+    if not args.checkpoint and not args.pretrained:
         print('timm-evovit: the weights are random; --pretrained or --checkpoint give others', file=sys.stderr)
     return model.eval().to(args.device), kwargs
 
@@ -91,40 +90,41 @@ def _find_pictures(args: argparse.Namespace, model: Any) -> Any:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    dense, kwargs = _create(args)
-    check(dense.num_classes > 0, 'num_classes', '1 or more', dense.num_classes)
     for option, value in ('--limit', args.limit or 1), ('--rounds', args.rounds):
         check(value > 0, option, '1 or more', value)
+    data = {k: v for k in ('crop_pct', 'interpolation', 'mean', 'std') if (v := getattr(args, k)) is not None}
+    dense, kwargs = _create(args, data)
+    check(dense.num_classes > 0, 'num_classes', '1 or more', dense.num_classes)
     evolves = hasattr(dense, 'set_keep_ratio')
     model = dense if evolves else evolve(dense)
     settings = []
     for ratio in sorted({1., *args.keep_ratio}, reverse=True):
         model.set_keep_ratio(ratio)  # a wrong one is refused before the work
         settings.append(Setting(model, ratio, args.amp_dtype))
-    options = {k: v for k in ('crop_pct', 'interpolation', 'mean', 'std') if (v := getattr(args, k)) is not None}
-    data = data_config(dense, options)
+    data = resolve_model_data_config(dense)
     pictures = Pictures(_find_pictures(args, dense), create_transform(**data), data['input_size'][0], args.limit)
     loader = DataLoader(pictures, args.batch_size, num_workers=args.workers)
     batch = torch.randn(args.batch_size, *data['input_size'], device=args.device)
+    args.max_drop = (5. if args.no_labels else 1.) if args.max_drop is None else args.max_drop
 
     args.output.mkdir(parents=True, exist_ok=True)
-    check(os.access(args.output, os.W_OK), '--output', 'a folder to write to', str(args.output))
     report = {k: v for k, v in vars(args).items() if k not in ('run', 'output')}
+    report.update(sweep(settings, loader, batch, not args.no_labels, args.max_drop, args.rounds), model_kwargs=kwargs)
+    report['python'] = report['arguments'] = None
+    if report['chosen']:
+        name, ratio = args.model, report['chosen']['keep_ratio']
+        if evolves or ratio < 1:
+            name, kwargs = (name, kwargs) if evolves else ('evo_vit', {'base': name, **kwargs})
+            kwargs = {**kwargs, 'keep_ratio': ratio}
+        report['python'], report['arguments'] = how_to_use(report, name, kwargs, dense)
     report['device'] = torch.cuda.get_device_name(batch.device) if batch.is_cuda else args.device
-    report.update(sweep(settings, loader, batch, not args.no_labels, args.max_drop, args.rounds))
-    name, ratio = args.model, report['chosen']['keep_ratio']
-    if evolves or ratio < 1:
-        name, kwargs = (name, kwargs) if evolves else ('evo_vit', {'base': name, **kwargs})
-        kwargs['keep_ratio'] = ratio
-    if data['input_size'] != tuple(dense.pretrained_cfg['input_size']):
-        options['input_size'] = data['input_size']
-    report['python'], report['arguments'] = how_to_use(report, name, kwargs, options)
 
-    (args.output / 'sweep.json').write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
-    try:
-        plot(report).savefig(args.output / 'sweep.png', dpi=130)
-    except ImportError:
-        print('timm-evovit: sweep.png needs matplotlib (pip install matplotlib) and was not drawn', file=sys.stderr)
+    (args.output / 'sweep.json').write_text(json.dumps(report, indent=1, default=str) + '\n', encoding='utf-8')
+    if report['images']:
+        try:
+            plot(report).savefig(args.output / 'sweep.png', dpi=130)
+        except ImportError:
+            print('timm-evovit: sweep.png needs matplotlib (pip install matplotlib) and was not drawn', file=sys.stderr)
     print(f'\n{report["images"]} of {len(pictures)} pictures, {len(report["skipped"])} skipped\n')
     print(f'{table(report["rows"])}\n\n{describe(report)}')
     if not report['complete']:
@@ -140,6 +140,7 @@ def _key_value(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='timm-evovit', description='Evo-ViT for timm.')
+    parser.add_argument('--version', action='version', version=f'timm-evovit {__version__}')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
 
     def command(run: Any, parent: argparse.ArgumentParser, text: str) -> Any:
@@ -158,18 +159,19 @@ def _parser() -> argparse.ArgumentParser:
     add('--checkpoint', metavar='FILE', help="weights, of timm's train.py or of the authors")
     add('--pretrained', action='store_true', help="the model's pretrained weights")
 
+    default = " (default: that of train.py's args.yaml beside the checkpoint)"
     add = command(_convert, common, "convert the authors' checkpoints to folders that timm loads as local-dir:DIR")
     add('model', metavar='MODEL', help='name of the model, such as evo_deit_small_patch16_224')
     add('checkpoint', metavar='CHECKPOINT', nargs='?', help='default: the published one, downloaded by gdown')
 
     add = command(_visualize, model, 'draw the slow tokens that a model makes of pictures')
     add('images', metavar='IMAGE', nargs='+', help='image file, folder of images or glob pattern')
-    add('--model', metavar='NAME', required=True, help='Evo-ViT, or Vision Transformer to be evolved')
+    add('--model', metavar='NAME', help=f'Evo-ViT, or Vision Transformer to be evolved{default}')
     add('--attention', action='store_true', help='also draw the class attention behind each selection')
     add('--sheet', action='store_true', help='also write sheet.png, all drawings one below the other')
 
     add = command(_sweep, model, 'measure speed and accuracy over keep ratios, on your model and pictures')
-    add('model', metavar='MODEL', help='Evo-ViT, or Vision Transformer to be evolved')
+    add('model', metavar='MODEL', nargs='?', help=f'Evo-ViT, or Vision Transformer to be evolved{default}')
     add('--data-dir', metavar='DIR', required=True, help='folder of pictures, tar file, or dataset')
     add('--dataset', metavar='TYPE/NAME', default='', help='torch/NAME or hfds/NAME')
     add('--split', metavar='NAME', default='validation', help='default: validation')
@@ -177,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--no-labels', action='store_true', help="only compare predictions with the dense model's")
     add('--limit', metavar='N', type=int, help='take N pictures, drawn at random but always the same')
     add('--keep-ratio', type=float, nargs='+', default=[0.9, 0.7, 0.5, 0.3], help='beside 1 (default: 0.9 0.7 0.5 0.3)')
-    add('--max-drop', type=float, default=0.5, help='points of top-1, or percentage of predictions (default: 0.5)')
+    add('--max-drop', type=float, help='points of top-1 (default: 1), without labels percentage of predictions (5)')
     add('-b', '--batch-size', metavar='N', type=int, default=64, help='default: 64')
     add('-j', '--workers', metavar='N', type=int, default=min(4, os.cpu_count() or 1), help='default: 4, or all cores')
     add('--rounds', metavar='N', type=int, default=7, help='rounds of timing (default: 7)')
@@ -189,10 +191,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_output(folder: Path) -> None:
+    """Raise ValueError before the work if a folder, or where it is to be, cannot be written to."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    try:
+        TemporaryFile(dir=there).close()
+    except OSError as e:
+        raise ValueError(f'--output must be a folder to write to, got {str(folder)!r}: {e.strerror}.') from e
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command with `argv`, by default that of the process, and return the exit status."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
+        _check_output(args.output)
         return args.run(args) or 0
     except (AssertionError, ImportError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
         print(f'timm-evovit: {e}', file=sys.stderr)

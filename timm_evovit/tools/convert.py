@@ -1,63 +1,21 @@
 """Convert the authors' checkpoints to folders that timm, the Hugging Face Hub and transformers load."""
-import argparse
 import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Dict, Optional, Union
 
 import timm
 import torch
-from safetensors.torch import load_file
-from timm.models import clean_state_dict, save_for_hf
+from timm.models import save_for_hf
 from timm.models._hub import generate_readme
 
 from ..base import check
+from ..checkpoints import head_args, load_exactly, read_args, read_weights
 from ..hub import PUBLISHED
 
 OPTIONAL = ('norm_cls.', 'head_cls', 'tradeoff')  # tensors of a class token branch or learned tradeoff
-
-
-def read_weights(path: Union[str, Path], use_ema: bool = False) -> Dict[str, torch.Tensor]:
-    """The weights, or their moving average, of a checkpoint of the authors or timm. No code in the file is run."""
-    open(path, 'rb').close()
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            safe = Path(path).suffix == '.safetensors'
-            content = load_file(path) if safe else torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # a damaged file can make PyTorch raise almost anything
-        # the rest of PyTorch's message is how to load the file without this protection
-        reason = re.search(r'GLOBAL [\w.]+', str(e)) or re.match('[^.]*', str(e))
-        raise ValueError(
-            f'{path} is damaged or incomplete, or holds more than the tensors, plain Python values and '
-            f'argparse.Namespace of a checkpoint: {reason and reason[0] or type(e).__name__}. No code in it was run. '
-            f'If it was downloaded, do so again.') from e
-
-    keys = ('model_ema', 'state_dict_ema') if use_ema else ('model', 'state_dict')
-    entries = content if isinstance(content, dict) else {}
-    weights = next((entries[k] for k in keys if entries.get(k)), {} if use_ema else entries)
-    if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        found = shorten(', '.join(map(str, entries)), 100) or f'a {type(content).__name__}'
-        raise ValueError(f'{path} has no dict of tensors under {" or ".join(keys)}, it holds {found}.')
-    return clean_state_dict(weights)
-
-
-def head_args(weights: Dict[str, torch.Tensor]) -> Dict[str, int]:
-    """The argument num_classes for weights under timm's or the authors' names, none if they have no head."""
-    names = ('head.weight', 'head.linear.weight', 'head.l.weight')
-    sizes = [weights[k].shape[0] for k in names if k in weights and weights[k].ndim == 2]
-    return {'num_classes': sizes[0]} if sizes else {}
-
-
-def load_exactly(model: torch.nn.Module, weights: Dict[str, torch.Tensor], path: Union[str, Path]) -> None:
-    """Load the weights of a file without dropping or resampling any. A ValueError says what does not fit."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:  # it names every tensor
-        reason = shorten(str(e), 500)
-        raise ValueError(f'{path} does not fit the model, its image size or other arguments: {reason}') from e
 
 
 def _download(name: str) -> Path:
@@ -89,8 +47,10 @@ def convert(
     output = Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f'{output} exists and is not an empty folder, remove it or name another.')
+    if re.match('evo[_-]?(deit|levit)', name, re.IGNORECASE):  # as the authors write it, such as EvoLeViT_128S
+        name = re.sub('^evo_?', 'evo_', name.lower().replace('-', '_'))
     # before a download: wrong arguments fail here, and the download needs the full name
-    model_kwargs = model_kwargs or {}
+    model_kwargs = {**(read_args(checkpoint).get('model_kwargs', {}) if checkpoint else {}), **(model_kwargs or {})}
     model: Any = timm.create_model(name, device='meta', **model_kwargs)
     check(hasattr(model, 'rename_authors'), 'The model to be converted', 'an Evo-DeiT or Evo-LeViT', name)
     variant = model.pretrained_cfg['architecture']

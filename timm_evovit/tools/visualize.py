@@ -1,18 +1,19 @@
 """Draw the slow tokens that a model makes of pictures."""
 import glob
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Iterable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, Resize
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from ..checkpoints import data_config
 from ..slow_tokens import SlowTokens, find_slow_tokens
 
 PANEL, GAP, LINE = 224, 8, 18  # pixels: smallest height of a panel, space between panels, height of a line of text
@@ -28,15 +29,6 @@ def find_images(name: str, output: Path) -> List[Path]:
     return [p for p in map(Path, files) if p.is_file() and output.resolve() not in (
         p.parent.resolve(), p.resolve().parent)]
 
-
-def data_config(model: Any, args: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-    """timm's data configuration of a model as it is built; `args` are options of timm's scripts that replace it."""
-    data = resolve_model_data_config(model, args)
-    sized = model if hasattr(model, 'img_size') else getattr(model, 'patch_embed', None)
-    data['input_size'] = (model.in_chans, *(getattr(sized, 'img_size', None) or data['input_size'][1:]))
-    if model.in_chans == 1:
-        data.update({k: (sum(data[k]) / len(data[k]),) for k in ('mean', 'std')})
-    return data
 
 
 def tint(heat: torch.Tensor, grey: Any) -> torch.Tensor:
