@@ -3,8 +3,10 @@
 
     python examples/finetune.py --data-dir flowers --model evo_deit_small --pretrained
     python examples/finetune.py --data-dir flowers --model vit_small_patch16_224.augreg_in21k_ft_in1k --pretrained
+    python examples/finetune.py --data-dir flowers --checkpoint output/train/RUN/model_best.pth.tar
 
-The folder has one folder per class below `train` and below `validation`. After every epoch in which top-1 rises,
+The folder has one folder per class below `train` and below `validation`. The third line takes the model from args.yaml,
+which timm's train.py has written beside the checkpoint. After every epoch in which top-1 rises,
 --output receives `checkpoint.pth`, for `--checkpoint` of timm's scripts, and the folder `model`, for
 `timm.create_model('local-dir:OUTPUT/model', pretrained=True)` or the Hugging Face Hub.
 """
@@ -21,14 +23,20 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_evovit import AssistedLoss, evolve
+from timm_evovit.checkpoints import load_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--data-dir', type=Path, required=True, help='folder with train/CLASS/* and validation/CLASS/*')
-parser.add_argument('--model', default='evo_deit_small', help='evo_* model, or Vision Transformer, which is evolved')
-parser.add_argument('--pretrained', action='store_true', help="start from the model's pretrained weights")
+parser.add_argument(
+    '--model', help='evo_* model, or Vision Transformer, which is evolved (default: evo_deit_small, or from args.yaml)')
+start = parser.add_mutually_exclusive_group()
+start.add_argument('--pretrained', action='store_true', help="start from the model's pretrained weights")
+start.add_argument('--checkpoint', metavar='FILE', help="start from weights, such as those of timm's train.py")
+parser.add_argument('--use-ema', action='store_true', help="the checkpoint's moving average of the weights")
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='further arguments of the model')
 parser.add_argument('--img-size', type=int, help="the model's own by default")
-parser.add_argument('--keep-ratio', type=float, default=0.5, help='ratio of slow tokens to patches')
+parser.add_argument(
+    '--keep-ratio', type=float, help="ratio of slow tokens to patches (default: the model's own, 0.6 if it is evolved)")
 parser.add_argument('--epochs', type=int, default=30)
 parser.add_argument('--batch-size', type=int, default=64)
 parser.add_argument('--lr', type=float, default=5e-5)
@@ -55,13 +63,25 @@ def main():
     if len(datasets[0]) < args.batch_size:
         parser.error(f'--batch-size {args.batch_size} is more than the {len(datasets[0])} images for training')
 
-    overlay = {'input_size': (3, args.img_size, args.img_size)} if args.img_size else None
-    model = timm.create_model(
-        args.model, args.pretrained, num_classes=len(classes), pretrained_cfg_overlay=overlay, **args.model_kwargs)
-    if hasattr(model, 'set_keep_ratio'):
+    size = (args.img_size, args.img_size) if args.img_size else None
+    kwargs = args.model_kwargs
+    if not args.checkpoint:  # timm fits the weights to the classes and the size
+        overlay = {'pretrained_cfg_overlay': {'input_size': (3, *size)}} if size else {}
+        kwargs = {'num_classes': len(classes), **overlay, **kwargs}
+    name = args.model or (None if args.checkpoint else 'evo_deit_small')
+    try:
+        model, name, _ = load_model(name, args.pretrained, args.checkpoint, args.use_ema, **kwargs)
+    except (OSError, RuntimeError, TypeError, ValueError) as e:
+        parser.error(str(e))
+    if args.checkpoint and size and size != model.pretrained_cfg['input_size'][1:]:
+        model.set_input_size(size)
+        model.pretrained_cfg['input_size'] = (model.in_chans, *size)
+    if model.num_classes != len(classes):
+        model.reset_classifier(len(classes))
+    if not hasattr(model, 'set_keep_ratio'):
+        model = evolve(model)
+    if args.keep_ratio is not None:
         model.set_keep_ratio(args.keep_ratio)
-    else:
-        model = evolve(model, keep_ratio=args.keep_ratio)
     model.to(args.device)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     if getattr(model, 'assisted_cls', False):  # the paper's loss: mean of the losses of the patches and the class token
@@ -69,6 +89,8 @@ def main():
         criterion = AssistedLoss(criterion)
 
     data = resolve_model_data_config(model)
+    for dataset in datasets:
+        dataset.input_img_mode = 'RGB' if data['input_size'][0] == 3 else 'L'
     loader_args = dict(
         input_size=data['input_size'], mean=data['mean'], std=data['std'], interpolation=data['interpolation'],
         batch_size=args.batch_size, num_workers=args.workers, persistent_workers=args.workers > 0,
@@ -102,11 +124,11 @@ def main():
         print(f'epoch {epoch}: loss {loss.item():.3f}, top-1 {top1:.2f} %')
         if top1 > best:
             best = top1
-            torch.save({'arch': args.model, 'epoch': epoch, 'state_dict': model.state_dict()},
+            torch.save({'arch': name, 'epoch': epoch, 'state_dict': model.state_dict()},
                        args.output / 'checkpoint.pth')
             timm.models.save_for_hf(
                 model, args.output / 'model', model_config={'label_names': classes},
-                model_args=getattr(model, 'model_args', args.model_kwargs), safe_serialization=True)
+                model_args=model.model_args, safe_serialization=True)
     print(f'best top-1 {best:.2f} %, saved to {args.output}')
 
 

@@ -151,6 +151,7 @@ def test_commands_run(page, checkout):
         if '--checkpoint output/train/RUN' in line and not timms:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             torch.save({'state_dict': timm.create_model('evo_deit_small', num_classes=10).state_dict()}, checkpoint)
+            checkpoint.with_name('args.yaml').write_text('model: evo_deit_small')
         run(*arguments_in_small(words), cwd=checkout)
     if left_out:
         pytest.skip(f"{left_out} commands need timm's scripts, set TIMM_REPO to a checkout; the others passed")

@@ -1,12 +1,16 @@
 """The examples, from end to end on little data. What whole runs reach is in the documentation."""
+import json
 import re
 
 import onnxruntime
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from programs import EXAMPLES, run, write_digits
+
+from timm_evovit import evolve
 
 SMALL = ['patch_size=8', 'embed_dim=48', 'num_heads=3', 'depth=6']
 
@@ -32,11 +36,49 @@ def test_quickstart(tmp_path, family):
     assert picture.width > 600 and len(picture.getcolors(1 << 24)) > 100
 
 
+@pytest.fixture(params=['evo_deit_tiny', 'deit_tiny_patch16_224'])
+def trained(request, tmp_path):
+    """Name of a model, and the options that name the files of it, of 12 classes, which timm's train.py has left."""
+    kwargs = {**{k: int(v) for k, v in (word.split('=') for word in SMALL)}, 'img_size': 32}
+    model = timm.create_model(request.param, num_classes=12, in_chans=1, **kwargs)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    args = {'model': request.param, 'num_classes': 12, 'in_chans': 1, 'model_kwargs': kwargs, 'crop_pct': 0.7, 'mean': [0.4]}
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(args))
+    return request.param, ['--checkpoint', tmp_path / 'last.pth.tar']
+
+
+@pytest.mark.slow
+def test_finetune_and_export_what_train_py_has_left(digits, tmp_path, trained):
+    """By args.yaml, with other classes and another size; the default keep ratio is the model's, or that of `evolve`."""
+    name, options = trained
+    run(EXAMPLES / 'finetune.py', '--data-dir', digits, *options, '--img-size', 48, '--epochs', 1, '--lr', 1e-9, '--batch-size',
+        16, '--workers', 0, '--output', tmp_path / 'out', cwd=tmp_path)
+    model = timm.create_model(f'local-dir:{tmp_path / "out" / "model"}', pretrained=True)
+    assert model.num_classes == 10 and model.patch_embed.img_size == (48, 48) and model.in_chans == 1
+    assert model.keep_ratio == ((0.5, 0.5) if name.startswith('evo') else evolve(timm.create_model(name, depth=6)).keep_ratio)
+    weights = torch.load(tmp_path / 'last.pth.tar', weights_only=True)['state_dict']
+    torch.testing.assert_close(model.state_dict()['blocks.5.mlp.fc2.weight'], weights['blocks.5.mlp.fc2.weight'])
+    names = [str(i) for i in range(10)]
+    for source, size, labels in (options, 32, None), ([f'local-dir:{tmp_path / "out" / "model"}', '--pretrained'], 48, names):
+        run(EXAMPLES / 'export_onnx.py', *source, '--int8', '--output', tmp_path / 'm.onnx', cwd=tmp_path)
+        for path in (tmp_path / 'm.onnx', tmp_path / 'm.int8.onnx'):
+            meta = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+            assert json.loads(meta['input_size']) == [1, size, size] and meta['interpolation'] == 'bicubic'
+            assert json.loads(meta['mean']) == [0.4] and json.loads(meta['crop_pct']) == 0.7 and 'std' in meta
+            assert json.loads(meta.get('label_names', 'null')) == labels
+    (tmp_path / 'args.yaml').unlink()
+    for program in ('finetune.py', 'export_onnx.py'):
+        more = ['--data-dir', digits, '--batch-size', 16, '--model'] if program == 'finetune.py' else []
+        log = run(EXAMPLES / program, *options, *more, name, cwd=tmp_path, fails=True)
+        assert 'last.pth.tar does not fit the model' in log and 'Traceback' not in log and len(log.splitlines()[-1]) < 500
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['evo_deit_tiny', 'deit_tiny_patch16_224'])
 def test_finetune(digits, tmp_path, name):
+    size = ['img_size=32'] if name.startswith('evo') else ['--img-size', 32]
     log = run(
-        EXAMPLES / 'finetune.py', '--data-dir', digits, '--model', name, '--model-kwargs', *SMALL, '--img-size', 32,
+        EXAMPLES / 'finetune.py', '--data-dir', digits, '--model', name, '--model-kwargs', *SMALL, *size,
         '--epochs', 2, '--batch-size', 16, '--workers', 0, '--keep-ratio', 0.7, '--output', tmp_path, cwd=tmp_path)
     tops = [float(top1) for top1 in re.findall(r'epoch \d: loss [\d.]+, top-1 ([\d.]+) %', log)]
     assert len(tops) == 2 and f'best top-1 {max(tops):.2f} %' in log
