@@ -15,22 +15,22 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+
+from timm_evovit.tools import sweep
 
 ENVIRONMENT = ('MALLOC_', 'OMP_', 'KMP_', 'MKL_', 'LD_PRELOAD', 'PYTORCH_')  # variables that may change the speed
 PACKAGES = ('timm', 'timm_evovit', 'onnxruntime')
 Arguments = Optional[Sequence[str]]  # of a program, by default those of the process
+time_in_turns = sweep.time_in_turns
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -48,45 +48,7 @@ def input_size(model: nn.Module, img_size: Optional[int] = None) -> Tuple[int, i
 
 def multiply_adds(model: nn.Module, size: Sequence[int]) -> int:
     """Multiply-adds of one image in inference, attention counted as matrix products."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model.eval()(torch.zeros(1, *size))
-    return counter.get_total_flops() // 2
-
-
-def now(device: str = 'cpu') -> float:
-    """Seconds, once the device has done all that it was given."""
-    if device != 'cpu':
-        getattr(torch, torch.device(device).type).synchronize()
-    return time.perf_counter()
-
-
-def time_in_turns(
-        steps: Dict[Any, Callable[[], Any]], rounds: int, warmup: int = 2, seconds: float = 1., device: str = 'cpu',
-) -> Dict[Any, List[float]]:
-    """Time functions in rounds, each of them once in every round and in reverse order in every second one.
-
-    Args:
-        steps: Functions by name.
-        rounds: Number of rounds that count.
-        warmup: Number of rounds before those.
-        seconds: How long a function is called again in a round, at least.
-        device: Where the functions do their work. Unless it is the CPU, the host waits for it after ten calls only.
-
-    Returns:
-        Seconds per call in each round, by name.
-    """
-    times: Dict[Any, List[float]] = {name: [] for name in steps}
-    at_once = 1 if device == 'cpu' else 10
-    for i in range(-warmup, rounds):
-        for name in list(steps) if i % 2 == 0 else reversed(list(steps)):
-            calls, elapsed, start = 0, 0., now(device)
-            while not calls or elapsed < seconds:
-                for _ in range(at_once):
-                    steps[name]()
-                calls, elapsed = calls + at_once, now(device) - start
-            if i >= 0:
-                times[name].append(elapsed / calls)
-    return times
+    return sweep.multiply_adds(model.eval(), torch.zeros(1, *size))
 
 
 def summarize(times: Sequence[float], baseline: Sequence[float], batch_size: int) -> Dict[str, Any]:

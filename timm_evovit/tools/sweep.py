@@ -7,7 +7,8 @@ import statistics
 import sys
 import time
 from contextlib import suppress
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -52,31 +53,63 @@ class Setting:
         self.multiply_adds = 0  # of a picture, attention as matrix products
         self.seconds: List[float] = []  # per batch, one of each round
 
-    def __call__(self, images: Tensor, calls: int = 1) -> Tuple[Tensor, float]:
-        """Logits (B, num_classes) of images (B, C, H, W), and the mean seconds of so many calls."""
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, C, H, W)."""
         self.model.set_keep_ratio(self.keep_ratio)
-        start = time.perf_counter()
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
-            for _ in range(calls):
-                output = self.model(images)
-        if images.device.type != 'cpu':
-            getattr(torch, images.device.type).synchronize()
-        return output, (time.perf_counter() - start) / calls
+            return self.model(images)
 
 
-@torch.inference_mode()
-def time_in_turns(settings: Sequence[Setting], images: Tensor, rounds: int = 7, seconds: float = 0.3) -> None:
-    """Count multiply-adds, warm up, and time a batch in rounds, in which the settings take turns of about `seconds`."""
-    calls = {}
+def multiply_adds(model: Callable[..., Any], images: Tensor) -> int:
+    """Multiply-adds of a call, attention counted as matrix products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(images)
+    return counter.get_total_flops() // 2
+
+
+def time_in_turns(
+        steps: Dict[Any, Callable[[], Any]], rounds: int, warmup: int = 2, seconds: float = 1.,
+        device: Union[str, torch.device] = 'cpu', times: Optional[Dict[Any, List[float]]] = None,
+) -> Dict[Any, List[float]]:
+    """Time functions in rounds, each of them once in every round and in reverse order in every second one.
+
+    Args:
+        steps: Functions by name.
+        rounds: Number of rounds that count.
+        warmup: Number of rounds before those.
+        seconds: How long a function is called again in a round, at least.
+        device: Where the functions do their work. Unless it is the CPU, the host waits for it after ten calls only.
+        times: What is returned, filled round by round.
+
+    Returns:
+        Seconds per call in each round, by name.
+    """
+    device, times = torch.device(device), times or {name: [] for name in steps}
+    at_once = 1 if device.type == 'cpu' else 10
+
+    def now() -> float:
+        if device.type != 'cpu':
+            getattr(torch, device.type).synchronize()
+        return time.perf_counter()
+
+    for i in tqdm(range(-warmup, rounds), 'speed', unit='round', disable=None):
+        for name in list(steps) if i % 2 == 0 else reversed(list(steps)):
+            calls, elapsed, start = 0, 0., now()
+            while not calls or elapsed < seconds:
+                for _ in range(at_once):
+                    steps[name]()
+                calls, elapsed = calls + at_once, now() - start
+            if i >= 0:
+                times[name].append(elapsed / calls)
+    return times
+
+
+def measure_speed(settings: Sequence[Setting], images: Tensor, rounds: int, seconds: float = 0.3) -> None:
+    """Count multiply-adds, and time a batch in rounds, in which the settings take turns."""
     for setting in settings:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            setting(images[:1])
-        setting.multiply_adds = counter.get_total_flops() // 2
-        setting(images)
-        calls[setting] = math.ceil(seconds / setting(images)[1]) or 1
-    for i in tqdm(range(rounds), 'speed', unit='round', disable=None):
-        for setting in reversed(settings) if i % 2 else settings:
-            setting.seconds.append(setting(images, calls[setting])[1])
+        setting.multiply_adds = multiply_adds(setting, images[:1])
+    steps: Dict[Any, Any] = {setting: partial(setting, images) for setting in settings}
+    time_in_turns(steps, rounds, 1, seconds, images.device, {setting: setting.seconds for setting in settings})
 
 
 def interval_of_difference(lost: int, gained: int, n: int) -> Tuple[float, float]:
@@ -161,7 +194,7 @@ def sweep(
     """Measure speed on a batch, keep ratio 1 first, then accuracy on `Pictures`, until the end or an interruption."""
     found, skipped, complete = [], [], False
     with suppress(KeyboardInterrupt):
-        time_in_turns(settings, batch, rounds)
+        measure_speed(settings, batch, rounds)
         for images, target, errors in tqdm(start(loader), 'accuracy', len(loader), unit='batch', disable=None):
             for error in filter(None, errors):
                 tqdm.write(f'timm-evovit: {error}', file=sys.stderr)
@@ -169,7 +202,7 @@ def sweep(
             if not all(errors):
                 read = torch.tensor([not error for error in errors])
                 images, target = images[read].to(batch.device), target[read]
-                outputs = torch.stack([setting(images)[0].cpu() for setting in settings])
+                outputs = torch.stack([setting(images).cpu() for setting in settings])
                 for label in target.tolist() if labels else ():
                     check(0 <= label < outputs.shape[-1], 'label', f'in 0 .. {outputs.shape[-1] - 1}', label)
                 found.append((outputs.topk(min(5, outputs.shape[-1])).indices, target))
