@@ -25,7 +25,7 @@ BLOCK = re.compile(r'(?:<!-- (not run|run): ([^>\n]*(?:=>[^>\n]*)*) -->\n)?^( *)
 NOT_RUN = {  # beginning of a command, or a part of it: why it is not run here
     r'(pip|git|python3|\.|mv|tar|cd|sed|export)( |$)': 'sets up a machine',
     r'(ruff|mypy|pytest|TIMM_REPO=)': 'tests and checks',
-    r'.*/data/imagenet': 'needs ImageNet',
+    r'.*(/data/imagenet|--dataset-download)': 'needs data that is downloaded',
     r'hf upload': 'uploads to the Hub',
     r'timm-evovit convert \S+ --output': 'downloads from Google Drive',
     r'.*benchmarks/accuracy': 'takes hours; test_accuracy_program.py has it in small',

@@ -122,17 +122,15 @@ def test_train_the_papers_way_from_a_vit(few_digits, tmp_path):
 
 @needs_timm_repo
 @pytest.mark.slow
-def test_train_with_everything_on(digits, tmp_path):
+def test_train_with_everything_on(few_digits, tmp_path):
     """Mixed precision, accumulation, checkpointing, EMA, layer decay and mixup."""
-    common = [
-        '--model', 'evo_deit_tiny_patch16_224', '--data-dir', digits, '-b', 32, '--device', 'cpu', '--workers', 1,
-        '--lr', 1e-3, '--opt', 'adamw', '--warmup-epochs', 0, '--epochs', 2, '--output', tmp_path]
-    run(TIMM_REPO / 'train.py', *common, '--model-kwargs', *SMALL, 'layer_to_stage_epochs=1', '--num-classes', 10,
-        '--img-size', 32, '--amp', '--amp-dtype', 'bfloat16', '--grad-accum-steps', 2, '--grad-checkpointing',
-        '--channels-last', '--model-ema', '--model-ema-decay', 0.9, '--layer-decay', 0.8, '--mixup', 0.8, '--cutmix',
-        1.0, '--clip-grad', 1.0, '--experiment', 'run', cwd=tmp_path)
-    checkpoint = tmp_path / 'run' / 'last.pth.tar'
-    state = torch.load(checkpoint, weights_only=False)
+    run(TIMM_REPO / 'train.py', '--model', 'evo_deit_tiny_patch16_224', '--data-dir', few_digits, '-b', 16, '--device',
+        'cpu', '--workers', 1, '--lr', 1e-3, '--opt', 'adamw', '--warmup-epochs', 0, '--epochs', 2, '--model-kwargs',
+        *SMALL, 'layer_to_stage_epochs=1', '--num-classes', 10, '--img-size', 32, '--amp', '--amp-dtype', 'bfloat16',
+        '--grad-accum-steps', 2, '--grad-checkpointing', '--channels-last', '--model-ema', '--model-ema-decay', 0.9,
+        '--layer-decay', 0.8, '--mixup', 0.8, '--cutmix', 1.0, '--clip-grad', 1.0, '--output', tmp_path, '--experiment',
+        'run', cwd=tmp_path)
+    state = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
     assert state['state_dict']['epochs_started'] == state['state_dict_ema']['epochs_started'] == 2
 
 
