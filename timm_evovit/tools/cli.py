@@ -21,7 +21,7 @@ from ..checkpoints import load_model
 from ..evo_vit import evolve
 from ..training import PaperModel
 from .convert import convert
-from .sweep import Pictures, Setting, describe, how_to_use, plot, sweep, table
+from .sweep import Pictures, Setting, describe, how_to_use, plot, quiet, sweep, table
 from .visualize import find_images, sheet, visualize
 
 
@@ -103,7 +103,7 @@ def _sweep(args: argparse.Namespace) -> int:
         settings.append(Setting(model, ratio, args.amp_dtype))
     data = resolve_model_data_config(dense)
     pictures = Pictures(_find_pictures(args, dense), create_transform(**data), data['input_size'][0], args.limit)
-    loader = DataLoader(pictures, args.batch_size, num_workers=args.workers)
+    loader = DataLoader(pictures, args.batch_size, num_workers=args.workers, worker_init_fn=quiet)
     batch = torch.randn(args.batch_size, *data['input_size'], device=args.device)
     args.max_drop = (5. if args.no_labels else 1.) if args.max_drop is None else args.max_drop
 
@@ -120,13 +120,13 @@ def _sweep(args: argparse.Namespace) -> int:
     report['device'] = torch.cuda.get_device_name(batch.device) if batch.is_cuda else args.device
 
     (args.output / 'sweep.json').write_text(json.dumps(report, indent=1, default=str) + '\n', encoding='utf-8')
+    print(f'\n{report["images"]} of {len(pictures)} pictures, {len(report["skipped"])} skipped\n')
+    print(f'{table(report["rows"])}\n\n{describe(report)}')
     if report['images']:
         try:
             plot(report).savefig(args.output / 'sweep.png', dpi=130)
         except ImportError:
             print('timm-evovit: sweep.png needs matplotlib (pip install matplotlib) and was not drawn', file=sys.stderr)
-    print(f'\n{report["images"]} of {len(pictures)} pictures, {len(report["skipped"])} skipped\n')
-    print(f'{table(report["rows"])}\n\n{describe(report)}')
     if not report['complete']:
         raise KeyboardInterrupt
     return int(bool(report['skipped']))

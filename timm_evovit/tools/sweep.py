@@ -176,6 +176,12 @@ def choose(rows: Sequence[Dict[str, Any]], max_drop: float, images: int) -> Tupl
     return max(fits, key=lambda row: row['speed_up']), 0
 
 
+def quiet(worker: int) -> None:
+    """Make a process of a loader leave Ctrl-C, and what that breaks, to the main process, which hears of all errors."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *args: None
+
+
 def start(loader: Any) -> Any:
     """An iterator over a loader, whose processes leave Ctrl-C to this one."""
     pressed: List[Any] = []
