@@ -63,10 +63,10 @@ def test_pairs_of_bfloat16_tokens_are_those_of_float64(autocast):
 def test_groups_and_means_are_those_of_the_reference(n, width):
     """Of tokens as they are in the first round, of a checkerboard, and of groups of several patches."""
     x, weight = random_tokens(3, 2 + n, 8).double(), random_tokens(8, seed=1).double()
-    patches = torch.randint(1, 4, (n,), generator=torch.Generator().manual_seed(2)).tolist()
+    patches = torch.randint(1, 9, (n,), generator=torch.Generator().manual_seed(2)).tolist()
     for own, count in product(([1] * n, patches), range(max(1, n // 2), n + 1)):
         before = None if own is not patches else torch.tensor([1, 1, *own]).double().expand(3, 1, -1)
-        grouping, sizes = group_tokens(x, before, 2, n, (count, n), channel_weight=weight, width=width)
+        grouping, sizes = group_tokens(x, before, 2, sum(own), (count, sum(own)), channel_weight=weight, width=width)
         for image, slow, slow_idx, size in zip(x, grouping.slow, grouping.slow_idx, sizes[:, 0]):
             groups, means = reference.match(list(image[2:]), count, own, weight, width)
             members = [[0], [1]] + [[2 + j for j in group] for group in groups]

@@ -193,7 +193,7 @@ def group_tokens(
     row = even[:, :num_rows]
     share = (part * sizes.gather(1, row)).unsqueeze(2)  # of a token in its mean
     # a mean is shorter than its tokens: by this part, to first order in their distance
-    shorter = (part * cost[:, :num_rows].clamp_max(n)).unsqueeze(2)
+    shorter = (part * cost[:, :num_rows].clamp_max(num_patches)).unsqueeze(2)
     other = take_tokens(x, other_idx).to(dtype)  # half precision would lose a part in a large group
     difference = take_tokens(x, row) - other
     change = share * difference + shorter * other
