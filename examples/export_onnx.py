@@ -20,7 +20,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.utils import ParseKwargs, reparameterize_model
 
-from timm_evovit.checkpoints import load_model
+from timm_evovit.tools.load import load_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument(

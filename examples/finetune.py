@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_evovit import AssistedLoss, evolve
-from timm_evovit.checkpoints import load_model
+from timm_evovit.tools.load import load_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--data-dir', type=Path, required=True, help='folder with train/CLASS/* and validation/CLASS/*')

@@ -8,7 +8,8 @@ import yaml
 from helpers import FAMILIES, TINY, assert_same_weights, authors_names, both_families, build, build_deit, images, tiny
 
 from timm_evovit import evolve
-from timm_evovit.checkpoints import BY_SIMILARITY, load_model
+from timm_evovit.checkpoints import BY_SIMILARITY
+from timm_evovit.tools.load import load_model
 
 NAME = FAMILIES['deit']
 

@@ -17,10 +17,10 @@ from helpers import assert_same_weights, authors_names, build
 from safetensors.torch import load_file, save_file
 
 import timm_evovit
-from timm_evovit.checkpoints import read_weights
 from timm_evovit.hub import PUBLISHED
 from timm_evovit.tools.cli import main
 from timm_evovit.tools.convert import convert
+from timm_evovit.tools.load import read_weights
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2)
 TINY_LEVIT = dict(img_size=64, embed_dim=(16, 24, 32), key_dim=4, num_heads=(2, 3, 4), depth=(4, 2, 2))

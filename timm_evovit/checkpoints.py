@@ -1,27 +1,16 @@
-"""Checkpoints: models from files, and filters that fit weights: key names of the authors, readout and image size."""
-import argparse
+"""Checkpoint filters: the authors' key names to timm's, and weights to the readout and image size of a model."""
 import logging
 import math
 import re
-from pathlib import Path
-from textwrap import shorten
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Tuple
 
-import timm
 import torch
-import yaml
-from safetensors.torch import load_file
-from timm.data import resolve_data_config
-from timm.layers import resample_abs_pos_embed, to_2tuple
-from timm.models import clean_state_dict
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from torch import nn
 
-from .base import check
-
 _logger = logging.getLogger(__name__)
 BY_SIMILARITY = 'grouped_by_similarity'  # key of the weights of an Evo-DeiT that groups like patches
-BY_ATTENTION_ONLY = dict(representative_token=False, tradeoff=None, selection='stage', layer_to_stage_epochs=0)
 
 
 def warn_by_attention(state_dict: Dict[str, Any], prefix: str = '') -> None:
@@ -153,120 +142,3 @@ def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> 
         if n and old != grid and n == math.prod(old):
             state_dict[key] = resample_abs_pos_embed(state_dict[key], list(grid), list(old))
     return state_dict
-
-
-def read_weights(path: Union[str, Path], use_ema: bool = False) -> Dict[str, torch.Tensor]:
-    """The weights, or their moving average, of a checkpoint of the authors or timm. No code in the file is run."""
-    open(path, 'rb').close()
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            safe = Path(path).suffix == '.safetensors'
-            content = load_file(path) if safe else torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # a damaged file can make PyTorch raise almost anything
-        # the rest of PyTorch's message is how to load the file without this protection
-        reason = re.search(r'GLOBAL [\w.]+', str(e)) or re.match('[^.]*', str(e))
-        raise ValueError(
-            f'{path} is damaged or incomplete, or holds more than the tensors, plain Python values and '
-            f'argparse.Namespace of a checkpoint: {reason and reason[0] or type(e).__name__}. No code in it was run. '
-            f'If it was downloaded, do so again.') from e
-
-    keys = ('model_ema', 'state_dict_ema') if use_ema else ('model', 'state_dict')
-    entries = content if isinstance(content, dict) else {}
-    weights = next((entries[k] for k in keys if entries.get(k)), {} if use_ema else entries)
-    if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        found = shorten(', '.join(map(str, entries)), 100) or f'a {type(content).__name__}'
-        raise ValueError(f'{path} has no dict of tensors under {" or ".join(keys)}, it holds {found}.')
-    return clean_state_dict(weights)
-
-
-def head_args(weights: Dict[str, torch.Tensor]) -> Dict[str, int]:
-    """The argument num_classes for weights under timm's or the authors' names, none if they have no head."""
-    names = ('head.weight', 'head.linear.weight', 'head.l.weight')
-    sizes = [weights[k].shape[0] for k in names if k in weights and weights[k].ndim == 2]
-    return {'num_classes': sizes[0]} if sizes else {}
-
-
-def load_exactly(model: nn.Module, weights: Dict[str, torch.Tensor], path: Union[str, Path]) -> None:
-    """Load the weights of a file without dropping or resampling any. A ValueError says what does not fit."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:  # it names every tensor, one kind of misfit in a line
-        shapes, found = r': copying .*?Size\((.*?)\).*?Size\((.*?)\)\.', []
-        for line in sorted(str(e).split('\n\t')[1:], key=lambda line: 'key(s)' in line):  # shapes come first
-            keys = re.findall('"(.*?)"', line) if 'key(s)' in line else ()
-            found += [f'{line.split()[0].lower()} {key}' for key in keys] or [
-                re.sub(shapes, r' (\1 in the file, \2 in the model)', line).rstrip('. ')]
-        more = f' and {len(found) - 3} more' if len(found) > 3 else ''
-        raise ValueError(
-            f'{path} does not fit the model, its image size or other arguments: {"; ".join(found[:3])}{more}.') from e
-
-
-def deit_args(cfg: Any, kwargs: Dict[str, Any]) -> bool:
-    """Whether these weights of an Evo-DeiT are DeiT's own. If so, arguments that are not given are set for them.
-
-    DeiT's norm and head were trained for the class token, and its weights know no selection by class attention.
-    """
-    if not (cfg.hf_hub_id or '').startswith('timm/deit_') or cfg.file or cfg.state_dict:
-        return False
-    kwargs.setdefault('global_pool', 'token')
-    if all(kwargs.get(k, v) == v for k, v in BY_ATTENTION_ONLY.items()):
-        kwargs.setdefault('slow_tokens', 'similarity')
-    if kwargs.get('slow_tokens') == 'similarity':
-        kwargs.setdefault('keep_ratio', 0.6)
-    return True
-
-
-def read_args(checkpoint: Union[str, Path]) -> Dict[str, Any]:
-    """Arguments of timm's train.py from args.yaml beside a checkpoint, all those of the model in `model_kwargs`."""
-    path = Path(checkpoint).with_name('args.yaml')
-    try:
-        args = yaml.safe_load(path.read_text(encoding='utf-8')) if path.is_file() else None
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ValueError(f'{path} cannot be read: {shorten(str(e), 200)}') from e
-    if not isinstance(args, dict) or not isinstance(args.get('model'), str):
-        return {}
-    chans = args.get('in_chans') or (args.get('input_size') or [None])[0]
-    kwargs = {'num_classes': args.get('num_classes'), 'global_pool': args.get('gp'), 'in_chans': chans}
-    kwargs.update(args.get('model_kwargs') or {})
-    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items() if v is not None}
-    if args['model'].startswith('evo_deit') and args.get('pretrained') and not args.get('pretrained_path'):
-        cfg = timm.models.get_pretrained_cfg(args['model'])
-        if deit_args(cfg, kwargs):
-            args['crop_pct'] = args.get('crop_pct') or cfg.crop_pct
-    return {**args, 'model_kwargs': kwargs}
-
-
-def data_config(model: Any, args: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-    """timm's data configuration of a model as it is built; `args` are options of timm's scripts that replace it."""
-    data = resolve_data_config(args, model=model)
-    sized = model if hasattr(model, 'img_size') else getattr(model, 'patch_embed', None)
-    size = getattr(sized, 'img_size', None) if getattr(sized, 'strict_img_size', True) else None
-    data['input_size'] = (getattr(model, 'in_chans', data['input_size'][0]), *(size or data['input_size'][1:]))
-    if data['input_size'][0] == 1:
-        data.update({k: (sum(data[k]) / len(data[k]),) for k in ('mean', 'std')})
-    return data
-
-
-def load_model(
-        name: Optional[str], /, pretrained: bool = False, checkpoint: Union[str, Path, None] = None,
-        use_ema: bool = False, data: Optional[Dict[str, Any]] = None, **kwargs: Any,
-) -> Tuple[Any, str, Dict[str, Any]]:
-    """Create a model of timm, where there is a checkpoint with exactly its weights or their moving average.
-
-    What is not given is taken from args.yaml of timm's train.py, where that lies beside the checkpoint; `data` are
-    options of timm's scripts, such as `crop_pct`. Returns the model, its name and the arguments it was created with.
-    Its `pretrained_cfg` is for pictures of its own size and channels, its `default_cfg` is left as timm has it.
-
-    Raises:
-        ValueError: There is no name, or the checkpoint is no file of weights that fit the model.
-    """
-    weights, trained = (read_weights(checkpoint, use_ema), read_args(checkpoint)) if checkpoint else ({}, {})
-    name = name or trained.get('model', '')
-    check(bool(name), 'The model', 'named, where no args.yaml beside a checkpoint does so', name)
-    size = {'input_size': (3, *to_2tuple(kwargs['img_size']))} if 'img_size' in kwargs else {}
-    kwargs = {**trained.get('model_kwargs', {}), **head_args(weights), **kwargs}
-    model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
-    if checkpoint:
-        load_exactly(model, weights, checkpoint)
-    model.pretrained_cfg = {**model.pretrained_cfg, **data_config(model, {**trained, **size, **(data or {})})}
-    return model, name, kwargs

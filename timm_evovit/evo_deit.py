@@ -16,12 +16,14 @@ from torch import nn
 
 from . import attention, evolving_vit, training  # FX finds wrapped functions as attributes of their module
 from .base import check, check_flag, check_ratios
-from .checkpoints import BY_ATTENTION_ONLY, BY_SIMILARITY, deit_args, rename_deit, warn_by_attention
+from .checkpoints import BY_SIMILARITY, rename_deit, warn_by_attention
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
 from .evolving_vit import EvolvingVit
 from .hub import build_model, entry_point, evo_cfg, published_cfg, resolve_weights
 
 __all__ = ['EvoVisionTransformer']  # entry_point will add each model to this
+
+BY_ATTENTION_ONLY = dict(representative_token=False, tradeoff=None, selection='stage', layer_to_stage_epochs=0)
 
 
 class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
@@ -175,6 +177,21 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
 model_cfgs = {
     size: dict(embed_dim=64 * heads, depth=12, num_heads=heads)
     for size, heads in (('tiny', 3), ('small', 6), ('base', 12))}
+
+
+def deit_args(cfg: Any, kwargs: Dict[str, Any]) -> bool:
+    """Whether these weights of an Evo-DeiT are DeiT's own. If so, arguments that are not given are set for them.
+
+    DeiT's norm and head were trained for the class token, and its weights know no selection by class attention.
+    """
+    if not (cfg.hf_hub_id or '').startswith('timm/deit_') or cfg.file or cfg.state_dict:
+        return False
+    kwargs.setdefault('global_pool', 'token')
+    if all(kwargs.get(k, v) == v for k, v in BY_ATTENTION_ONLY.items()):
+        kwargs.setdefault('slow_tokens', 'similarity')
+    if kwargs.get('slow_tokens') == 'similarity':
+        kwargs.setdefault('keep_ratio', 0.6)
+    return True
 
 
 def _create_evo_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..base import check
-from ..checkpoints import load_model
 from ..evo_vit import evolve
 from ..training import PaperModel
 from .convert import convert
+from .load import load_model
 from .sweep import Pictures, Setting, describe, how_to_use, plot, quiet, sweep, table
 from .visualize import find_images, sheet, visualize
 

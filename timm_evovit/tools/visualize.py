@@ -13,8 +13,8 @@ from torchvision.transforms import InterpolationMode, Resize
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from ..checkpoints import data_config
 from ..slow_tokens import SlowTokens, find_slow_tokens
+from .load import data_config
 
 PANEL, GAP, LINE = 224, 8, 18  # pixels: smallest height of a panel, space between panels, height of a line of text
 
