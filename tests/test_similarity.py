@@ -6,7 +6,7 @@ import reference
 import torch
 from torch.nn import functional as F
 
-from timm_evovit.similarity import group_tokens, match_tokens, run_blocks
+from timm_evovit.similarity import checkerboard, group_tokens, match_tokens, run_blocks
 from timm_evovit.tokens import as_fraction
 
 
@@ -74,6 +74,12 @@ def test_groups_and_means_are_those_of_the_reference(n, width):
                 (slow_idx == g).nonzero().flatten().tolist() for g in range(2 + count)]
             torch.testing.assert_close(slow, torch.stack([*image[:2], *means]))
             assert size.tolist() == [1, 1] + [sum(own[j] for j in group) for group in groups]
+
+
+def test_a_checkerboard_has_every_patch_once():
+    """Also where patch dropout leaves an odd number of a grid with an even width."""
+    for n, width in product(range(1, 12), range(1, 6)):
+        assert sorted(checkerboard(torch.arange(n), width).tolist()) == list(range(n))
 
 
 def test_large_groups_in_bfloat16(monkeypatch):
