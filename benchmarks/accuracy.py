@@ -39,6 +39,10 @@ DEIT, EVO_DEIT = 'deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224'
 VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'dense': (DEIT, {}, "timm's DeiT, class token readout"),
     'dense-avg': (DEIT, {'global_pool': 'avg'}, "timm's DeiT, average readout"),
+    'dense-6-blocks': (DEIT, {'depth': 6}, "timm's DeiT with fewer blocks"),
+    'dense-4-blocks': (DEIT, {'depth': 4}, "timm's DeiT with half of the blocks"),
+    'dense-width-48': (DEIT, {'embed_dim': 48, 'num_heads': 3}, "timm's DeiT, narrower"),
+    'dense-24-pixels': (DEIT, {'img_size': 24}, "timm's DeiT on smaller pictures, 24 pixels of 32"),
     'evo-stage': (EVO_DEIT, {}, 'Evo-DeiT, stage-wise selection, assisted loss'),
     'evo-layer-to-stage': (EVO_DEIT, {}, 'Evo-DeiT, layer-to-stage training, assisted loss'),
     'evo-representative': (EVO_DEIT, {'representative_token': True}, 'Evo-DeiT, stage-wise, representative token'),
@@ -120,10 +124,10 @@ def create_model(variant: str, num_classes: int, args: argparse.Namespace) -> to
     if args.family == 'levit':
         widths = [args.width * i for i in (1, 2, 3)]
         kwargs = dict(stem_type='s8', embed_dim=tuple(widths), key_dim=16, num_heads=tuple(w // 32 for w in widths))
-    kwargs.update(overrides, **keep_ratio)
+    kwargs.update({'img_size': args.img_size, **overrides, **keep_ratio})
     if name == 'evo-layer-to-stage':
         kwargs['layer_to_stage_epochs'] = 2 * args.epochs // 3  # as in the paper
-    model = timm.create_model(model_name, num_classes=num_classes, img_size=args.img_size, **kwargs)
+    model = timm.create_model(model_name, num_classes=num_classes, **kwargs)
     if hasattr(model, 'set_assisted_training'):
         model.set_assisted_training(True)
     return model.to(args.device)
@@ -134,6 +138,7 @@ class Trainer:
 
     def __init__(self, model: torch.nn.Module, updates_per_epoch: int, args: argparse.Namespace) -> None:
         self.model = model
+        self.img_size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)  # None for LeViT
         self.criterion = AssistedLoss(LabelSmoothingCrossEntropy(args.smoothing))
         self.optimizer = create_optimizer_v2(self.model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
         self.scheduler, _ = create_scheduler_v2(
@@ -173,10 +178,13 @@ def load_pictures(split: str, args: argparse.Namespace) -> Data:
     return images.to(args.device), torch.tensor(labels)
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, H, W, 3) to float (B, 3, H, W), as timm normalizes by default."""
+def normalize(images: torch.Tensor, img_size: Optional[Tuple[int, int]] = None) -> torch.Tensor:
+    """uint8 (B, H, W, 3) to float (B, 3, H, W), as timm normalizes by default, or of another height and width."""
     mean, std = (torch.tensor(x, device=images.device) for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    images = ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+    if img_size in (None, images.shape[2:]):
+        return images
+    return torch.nn.functional.interpolate(images, size=img_size, mode='bicubic', antialias=True)
 
 
 def crop_and_flip(images: torch.Tensor, padding: int, generator: torch.Generator) -> torch.Tensor:
@@ -204,7 +212,7 @@ def batches(
 def evaluate(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> Tuple[float, float, torch.Tensor]:
     """Top-1 in percent, cross entropy and predicted classes."""
     trainer.model.eval()
-    logits = torch.cat([trainer.infer(normalize(batch)).cpu() for batch in images.split(256)])
+    logits = torch.cat([trainer.infer(normalize(batch, trainer.img_size)).cpu() for batch in images.split(256)])
     predictions = logits.argmax(1)
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     return 100 * (predictions == labels).float().mean().item(), loss, predictions
@@ -255,7 +263,7 @@ def train_one(variant: str, seed: int, data: Dict[str, Data], args: argparse.Nam
         losses = []
         for i, (images, target) in enumerate(batches(*data['train'], epoch, seed, args), epoch * updates_per_epoch + 1):
             trainer.scheduler.step_update(i)
-            losses.append(trainer.step(normalize(images), target))
+            losses.append(trainer.step(normalize(images, trainer.img_size), target))
         report['train_loss'].append(torch.stack(losses).mean().item())
         top1, loss, predictions = evaluate(trainer, *data['validation'])
         report['top1'].append(top1)
@@ -282,23 +290,24 @@ def measure(args: argparse.Namespace) -> None:
     """Time training steps and inference in turns. Layer-to-stage training has the mean of its epochs in both phases."""
     torch.manual_seed(0)
     trainers = {v: Trainer(create_model(v, 10, args), 100, args) for v in args.variants}
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+    pictures = torch.randint(256, (args.batch_size, args.img_size, args.img_size, 3), dtype=torch.uint8)
+    images = {v: normalize(pictures.to(args.device), trainer.img_size) for v, trainer in trainers.items()}
     target = torch.randint(10, (args.batch_size,), device=args.device)
 
-    def train_step(trainer: Trainer, epoch: int) -> None:
-        trainer.set_epoch(epoch)
-        trainer.step(images, target)
+    def train_step(variant: str, epoch: int) -> None:
+        trainers[variant].set_epoch(epoch)
+        trainers[variant].step(images[variant], target)
 
-    def inference_step(trainer: Trainer) -> None:
-        trainer.model.eval()
-        trainer.infer(images)
+    def inference_step(variant: str) -> None:
+        trainers[variant].model.eval()
+        trainers[variant].infer(images[variant])
 
     steps: Dict[Tuple[str, str], Callable[[], None]] = {}
     for variant, trainer in trainers.items():
-        steps[variant, 'train'] = partial(train_step, trainer, args.epochs - 1)
-        steps[variant, 'inference'] = partial(inference_step, trainer)
+        steps[variant, 'train'] = partial(train_step, variant, args.epochs - 1)
+        steps[variant, 'inference'] = partial(inference_step, variant)
         if getattr(trainer.model, 'layer_to_stage_epochs', 0):
-            steps[variant, 'first'] = partial(train_step, trainer, 0)
+            steps[variant, 'first'] = partial(train_step, variant, 0)
     times = harness.time_in_turns(steps, args.rounds, warmup=1, seconds=0.5, device=args.device)
     results = {}
     for variant, trainer in trainers.items():
