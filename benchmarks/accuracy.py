@@ -49,6 +49,10 @@ VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'evo-similarity': (
         EVO_DEIT, {'slow_tokens': 'similarity', 'keep_ratio': 0.6, 'global_pool': 'token'},
         'Evo-DeiT, like patches share a slow token, class token readout'),
+    'evo-elastic': (
+        EVO_DEIT, {'slow_tokens': 'similarity', 'keep_ratio': 0.4, 'train_keep_ratio': (0.3, 0.4, 0.5, 0.7, 1.0),
+                   'global_pool': 'token'},
+        'evo-similarity trained at five keep ratios, and evaluated at each'),
     'levit': ('levit_128s', {}, "timm's LeViT"),
     'evo-levit': ('evo_levit_128s', {}, 'Evo-LeViT, stage-wise selection, assisted loss'),
 }
@@ -273,6 +277,14 @@ def train_one(variant: str, seed: int, data: Dict[str, Data], args: argparse.Nam
         with harness.whole(checkpoint) as partial:
             torch.save(
                 {'model': model.state_dict(), 'optimizer': trainer.optimizer.state_dict(), 'report': report}, partial)
+        others = {*getattr(model, 'train_keep_ratio', ())} - {VARIANTS[split_variant(variant)[0]][1].get('keep_ratio')}
+        for ratio in others if report['finished'] and '@' not in variant else ():
+            model.set_keep_ratio(ratio)
+            top1_at_ratio, loss, predictions = evaluate(trainer, *data['validation'])
+            name = f'{variant}@{ratio:g}'
+            harness.write(args.output / f'{name}-seed{seed}.json', {
+                **report, 'variant': name, 'top1': [top1_at_ratio], 'validation_loss': [loss],
+                'predictions': pack(predictions, num_classes)})
         harness.write(path, report)
         print(f'{variant}, seed {seed}, epoch {epoch + 1}/{args.epochs}: {top1:.2f} %', flush=True)
 

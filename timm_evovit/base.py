@@ -1,10 +1,11 @@
 """What every evolving model shares: checks of arguments, the keep ratio."""
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, Iterator, Sequence, Tuple, Type, Union
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
-from torch import nn
+from timm.layers.typing import disable_compiler
+from torch import distributed, nn
 
 from .hub import SavedArgs
 
@@ -41,6 +42,14 @@ def check_ratios(name: str, value: Any, count: int, per: str, zero: bool = False
     return tuple(float(v) for v in values)
 
 
+def check_train_ratios(value: Any) -> Tuple[float, ...]:
+    """One or more ratios in (0, 1], None for none."""
+    values = () if value is None else (value,) if is_number(value) else value
+    listed = isinstance(values, Sequence) and not isinstance(values, str) and (len(values) > 0 or value is None)
+    check(listed, 'train_keep_ratio', 'one or more numbers in (0, 1]', value, TypeError)
+    return check_ratios('train_keep_ratio', values, len(values), 'forward pass')
+
+
 def check_stages(stages: Any, depth: int, first: int) -> Tuple[int, ...]:
     """First blocks of the stages, ascending from `first` on, given so or as one number."""
     starts: Any = (stages,) if is_number(stages) else stages
@@ -64,13 +73,42 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@disable_compiler
+def draw(count: int) -> int:
+    """0 ... count - 1 by torch's random numbers, those of the first process in a distributed run."""
+    drawn = [int(torch.randint(count, (), device='cpu'))]
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast_object_list(drawn)
+    return drawn[0]
+
+
 class EvolvingModel(SavedArgs):
     """A model with slow-fast token evolution, to be inherited from before a model of timm.
 
-    A model adds `_set_schedule`, which brings a new `keep_ratio` to where it is used, and `forward_slow_tokens`, which
-    returns the `SlowTokens` of images (B, in_chans, H, W), stage by stage.
+    A model adds `_build_schedule`, which brings keep ratios, one per stage, to the form that its blocks are run by, in
+    training mode or not, and `forward_slow_tokens`, which returns the `SlowTokens` of images (B, in_chans, H, W), stage
+    by stage.
     """
     keep_ratio: Tuple[float, ...]
+    train_keep_ratio: Tuple[float, ...] = ()  # if there are any, each forward pass in training mode draws one
+
+    def _set_schedule(self) -> None:
+        """Bring the keep ratios to where they are used."""
+        self.eval_schedule = self._build_schedule(self.keep_ratio, False)
+        self.training_schedule = self._build_schedule(self.keep_ratio, True)
+        drawn = (self._stage_ratios(ratio, len(self.keep_ratio)) for ratio in self.train_keep_ratio)
+        self.elastic_schedules = [self._build_schedule(ratios, True) for ratios in drawn]
+
+    @property
+    def schedule(self) -> Any:
+        return self.training_schedule if self.training else self.eval_schedule
+
+    def _draw_schedule(self, x: Any) -> Any:
+        """The schedule of a forward pass, which is always that of `keep_ratio` in graphs that are traced or exported."""
+        traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
+        if not (self.training and self.elastic_schedules) or traced:
+            return self.schedule
+        return self.elastic_schedules[draw(len(self.elastic_schedules))]
 
     def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
         return check_ratios('keep_ratio', keep_ratio, num_stages, 'evolution stage')
@@ -78,7 +116,8 @@ class EvolvingModel(SavedArgs):
     def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
         """Change the ratio of slow tokens to patches, weights untouched. At 1 the model is its dense baseline.
 
-        One in (0, 1] for all evolution stages or one per stage. A TypeError or ValueError leaves the model unchanged.
+        One in (0, 1] for all evolution stages or one per stage. Training mode with `train_keep_ratio` draws from that
+        all the same. A TypeError or ValueError leaves the model unchanged.
         """
         self.keep_ratio = self._stage_ratios(keep_ratio, len(self.keep_ratio))
         self._remember_args(keep_ratio=self.keep_ratio)

@@ -41,6 +41,7 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
             *args: Any,
             keep_ratio: Union[float, Sequence[float]] = 0.5,
             stages: Optional[Sequence[int]] = None,
+            train_keep_ratio: Union[None, float, Sequence[float]] = None,
             slow_tokens: str = 'attention',
             representative_token: bool = False,
             tradeoff: Optional[Union[float, Sequence[float]]] = None,
@@ -54,6 +55,7 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
             keep_ratio: Ratio of slow tokens to patches in (0, 1], one for all evolution stages or one per stage. By
                 similarity as in `evolve`.
             stages: First block of each stage, ascending. Default: (4, 8) of 12 blocks, every second by similarity.
+            train_keep_ratio: Ratios of which each forward pass in training mode draws one, for all stages, as `evolve`.
             slow_tokens: Find slow tokens by class 'attention' (paper) or by 'similarity', where like patches share one.
                 `representative_token`, `tradeoff`, `selection` and `layer_to_stage_epochs` are of the former only.
             tradeoff: Weight in [0, 1] of a block's class attention in the global class attention, one for all blocks
@@ -81,7 +83,7 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         given = (representative_token, tradeoff, selection, layer_to_stage_epochs)
         for value, (name, default) in zip(given, BY_ATTENTION_ONLY.items()) if self.by_similarity else ():
             check(value == default, name, "left out with slow_tokens='similarity'", value)
-        self._init_stages(keep_ratio, stages, first=0 if self.by_similarity else 1)
+        self._init_stages(keep_ratio, stages, train_keep_ratio, first=0 if self.by_similarity else 1)
         # a key of the weights by which they tell how they were trained
         mark = torch.ones((), dtype=torch.int64, device=next(self.parameters()).device) if self.by_similarity else None
         self.register_buffer(BY_SIMILARITY, mark)
@@ -111,12 +113,11 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
             return super()._stage_ratios(keep_ratio, num_stages)
         return check_ratios('keep_ratio', keep_ratio, num_stages, 'evolution stage')
 
-    def _set_schedule(self) -> None:
+    def _build_schedule(self, keep_ratio: Tuple[float, ...], training: bool) -> Any:
         if self.by_similarity:
-            super()._set_schedule()
-        else:
-            starts = dict(zip(self.stage_starts, self.keep_ratio))
-            self._build_schedules(self.tradeoff[:len(self.blocks)], starts)
+            return super()._build_schedule(keep_ratio, training)
+        starts = dict(zip(self.stage_starts, keep_ratio))
+        return self._select(self.tradeoff[:len(self.blocks)], starts, training)
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
         marked = state_dict.pop(prefix + BY_SIMILARITY, None) is not None
@@ -156,7 +157,8 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
             return super()._run_blocks(x, rope, num_blocks, **kwargs)
         evolving_vit.check_no_mask(kwargs.get('attn_mask'), kwargs.get('is_causal', False))
         state = attention.EvolutionState(
-            self.schedule, self.tradeoff, self.num_prefix_tokens, self.representative_token, self.grad_checkpointing,
+            self._draw_schedule(x), self.tradeoff, self.num_prefix_tokens, self.representative_token,
+            self.grad_checkpointing,
             kwargs.get('take_indices', ()), kwargs.get('slow_tokens'))
         return attention.run_blocks(list(self.blocks)[:num_blocks], x, state), state.intermediates
 

@@ -12,7 +12,7 @@ from timm.models._features import feature_take_indices
 from torch import _assert, nn
 
 from . import attention, training  # FX finds wrapped functions as attributes of their module
-from .attention import EvolutionState
+from .attention import EvolutionState, Schedule
 from .base import check, check_flag, is_number
 from .checkpoints import levit_checkpoint_filter_fn as checkpoint_filter_fn
 from .checkpoints import rename_levit
@@ -220,15 +220,15 @@ class EvoLevit(training.PaperModel, levit.LevitDistilled):
         elif needs_reset and isinstance(m, (EvoLevitAttention, levit.LevitMlp)):
             nn.init.zeros_((m.proj.ln if isinstance(m, EvoLevitAttention) else m.ln2).bn.weight)
 
-    def _set_schedule(self) -> None:
+    def _build_schedule(self, keep_ratio: Tuple[float, ...], training: bool) -> Schedule:
         starts, num_layers = {}, -1
         for i, stage in enumerate(self.stages):
             starts[num_layers] = 1.  # the downsampling attention, in the first stage none
             if len(stage.blocks) > (0 if i else 2):  # blocks 0 and 1 of the first stage see all patches
-                starts[num_layers + (1 if i else 3)] = self.keep_ratio[i]
+                starts[num_layers + (1 if i else 3)] = keep_ratio[i]
             num_layers += 1 + len(stage.blocks)
         # 0.5 stands for any tradeoff: a downsampling attention scales to the old sum, so it always reads it
-        self._build_schedules([0.5] * num_layers, starts)
+        return self._select([0.5] * num_layers, starts, training)
 
     def _current_args(self) -> Dict[str, Any]:
         return dict(img_size=self.img_size, in_chans=self.in_chans, global_pool=self.global_pool)

@@ -22,6 +22,7 @@ from .hub import evo_cfg
 
 __all__ = ['EvolvingVit', 'evolve']
 
+EVOLUTION_ARGS = ('keep_ratio', 'stages', 'train_keep_ratio')
 OLD_ARGS = dict(  # of class attention, in folders that were saved when `evolve` had them
     slow_tokens='similarity', representative_token=False, tradeoff=None, selection='stage', layer_to_stage_epochs=0)
 
@@ -60,7 +61,7 @@ class EvolvedVit(EvolvingVit):
 
     @_model_args.setter
     def _model_args(self, args: Dict[str, Any]) -> None:
-        own = {k: args[k] for k in ('base', 'keep_ratio', 'stages') if k in args}
+        own = {k: args[k] for k in ('base', *EVOLUTION_ARGS) if k in args}
         self.__dict__['_evolution_args'] = own
         vars(self)['_evolved_from']._model_args = {k: v for k, v in args.items() if k not in own}
 
@@ -183,6 +184,7 @@ def evolve(
         model: nn.Module,
         keep_ratio: Union[float, Sequence[float]] = 0.6,
         stages: Optional[Sequence[int]] = None,
+        train_keep_ratio: Union[None, float, Sequence[float]] = None,
 ) -> EvolvedVit:
     """Make a Vision Transformer of timm faster, without training: like patches share a slow token.
 
@@ -197,24 +199,27 @@ def evolve(
         keep_ratio: Ratio of slow tokens to patches in (0, 1], one per stage. One number is the geometric mean of a
             series, to three decimals, that falls from stage to stage.
         stages: First block of each stage, ascending. Default: every second block, from the first one on.
+        train_keep_ratio: Ratios, each as one number of `keep_ratio`, of which every forward pass in training mode draws
+            one, by torch's random numbers: weights for all of them. Processes of a distributed run draw the same one.
 
     Raises:
         TypeError: The model or its blocks cannot evolve, or an argument is of the wrong kind.
         ValueError: An argument is out of range or of wrong length.
     """
     if isinstance(model, FeatureGetterNet):
-        return copy.deepcopy(model, {id(model.model): evolve(model.model, keep_ratio, stages)})
+        return copy.deepcopy(model, {id(model.model): evolve(model.model, keep_ratio, stages, train_keep_ratio)})
     if isinstance(model, EvolvingModel):
         raise TypeError(f'{type(model).__name__} evolves already; set_keep_ratio changes how many patches it keeps.')
     evolved = _blank(type(model))
     check_can_evolve(model)
     vars(evolved).update(vars(model), _evolved_from=model, _evolution_args={}, _compiled_call_impl=None)
-    evolved._init_stages(keep_ratio, stages)
+    evolved._init_stages(keep_ratio, stages, train_keep_ratio)
     evolved._truncate_to_depth()
     cfg = getattr(model, 'pretrained_cfg', None)
     if cfg is not None:  # saved, it comes back as an `evo_vit`
         evolved.pretrained_cfg = evolved.default_cfg = dict(cfg, architecture='evo_vit')
-        evolved.__dict__['_evolution_args'] = dict(base=cfg['architecture'], keep_ratio=keep_ratio, stages=stages)
+        evolved.__dict__['_evolution_args'] = dict(
+            base=cfg['architecture'], keep_ratio=keep_ratio, stages=stages, train_keep_ratio=train_keep_ratio)
     return evolved
 
 
@@ -243,7 +248,7 @@ def evo_vit(
     for name, value in OLD_ARGS.items():
         given = kwargs.pop(name, value)
         check(given is None or given == value, name, 'left out: evo_vit groups like patches; Evo-DeiT has it', given)
-    evolution_args = {k: kwargs.pop(k) for k in ('keep_ratio', 'stages') if k in kwargs}
+    evolution_args = {k: kwargs.pop(k) for k in EVOLUTION_ARGS if k in kwargs}
     cfg = resolve_pretrained_cfg('evo_vit', pretrained_cfg)
     source, name = parse_model_name(base)
     architecture, base_args = base, None

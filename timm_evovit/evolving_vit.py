@@ -6,7 +6,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from . import similarity
-from .base import EvolvingModel, check_stages, is_number
+from .base import EvolvingModel, check_stages, check_train_ratios, is_number
 from .slow_tokens import SlowTokens
 from .tokens import as_fraction
 
@@ -26,17 +26,18 @@ class EvolvingVit(EvolvingModel):
     """
     stage_starts: Tuple[int, ...]  # first block of each stage
     built_stages: Tuple[int, ...]  # as built: some may have been pruned since
-    stage_fractions: Dict[int, Tuple[int, int]]  # keep ratio of each stage by its first block
     intermediates_args: Tuple[str, ...] = ('output_dict', 'attn_mask', 'is_causal')  # the 8th and later ones, in timm
 
     def _init_stages(
-            self, keep_ratio: Union[float, Sequence[float]], stages: Optional[Sequence[int]], first: int = 0) -> None:
+            self, keep_ratio: Union[float, Sequence[float]], stages: Optional[Sequence[int]],
+            train_keep_ratio: Union[None, float, Sequence[float]], first: int = 0) -> None:
         """Check and keep the arguments. Stages start at block `first` at the earliest."""
         depth = len(self.feature_info)  # as built; features_only may have pruned blocks since
         self.built_stages = check_stages(
             self._default_stages(depth) if stages is None else stages, depth, first)
         self.stage_starts = self.built_stages
         self.keep_ratio = self._stage_ratios(keep_ratio, len(self.stage_starts))
+        self.train_keep_ratio = check_train_ratios(train_keep_ratio)
 
     def _default_stages(self, depth: int) -> Sequence[int]:
         return similarity.default_stages(depth)
@@ -53,8 +54,9 @@ class EvolvingVit(EvolvingModel):
         self.keep_ratio = self.keep_ratio[:len(self.stage_starts)]
         self._set_schedule()
 
-    def _set_schedule(self) -> None:
-        self.stage_fractions = {start: as_fraction(r) for start, r in zip(self.stage_starts, self.keep_ratio)}
+    def _build_schedule(self, keep_ratio: Tuple[float, ...], training: bool) -> Any:
+        """Keep ratio of each stage, numerator and denominator, by its first block."""
+        return {start: as_fraction(ratio) for start, ratio in zip(self.stage_starts, keep_ratio)}
 
     def _current_args(self) -> Dict[str, Any]:
         return dict(
@@ -81,7 +83,7 @@ class EvolvingVit(EvolvingModel):
             check_no_mask(kwargs.pop('attn_mask'), kwargs.pop('is_causal'))
         mixed = rope is not None and (getattr(self, 'rope_mixed', False) or getattr(self, 'rope_is_mixed', False))
         return similarity.run_blocks(
-            list(self.blocks)[:num_blocks], x, self.stage_fractions, self.num_prefix_tokens, rope, mixed,
+            list(self.blocks)[:num_blocks], x, self._draw_schedule(x), self.num_prefix_tokens, rope, mixed,
             grad_checkpointing=self.grad_checkpointing, **kwargs)
 
     def _grid_size(self, x: Any) -> Tuple[int, int]:

@@ -78,14 +78,10 @@ class PaperModel(EvolvingModel):
         self.register_buffer('epochs_started', epochs)
         self._update_schedule()
 
-    def _build_schedules(self, tradeoff: Sequence[float], starts: Dict[int, float]) -> None:
-        """Set the schedule, and the one of training mode."""
-        self.eval_schedule = Schedule.build(tradeoff, starts, self.selection)
-        self.training_schedule = Schedule.build(tradeoff, starts, 'layer' if self.layerwise_epochs else self.selection)
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.training_schedule if self.training else self.eval_schedule
+    def _select(self, tradeoff: Sequence[float], starts: Dict[int, float], training: bool) -> Schedule:
+        """The schedule of class attention with these stages."""
+        layerwise = training and self.layerwise_epochs
+        return Schedule.build(tradeoff, starts, 'layer' if layerwise else self.selection)
 
     def _update_schedule(self) -> None:
         count = self.epochs_started
