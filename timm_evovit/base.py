@@ -1,7 +1,7 @@
 """What every evolving model shares: checks of arguments, the keep ratio."""
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, Iterator, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Iterator, Sequence, Tuple, Type, Union
 
 import torch
 from timm.layers.typing import disable_compiler
@@ -104,7 +104,7 @@ class EvolvingModel(SavedArgs):
         return self.training_schedule if self.training else self.eval_schedule
 
     def _draw_schedule(self, x: Any) -> Any:
-        """The schedule of a forward pass, which is always that of `keep_ratio` in graphs that are traced or exported."""
+        """The schedule of a forward pass. Graphs that are traced or exported have that of `keep_ratio`."""
         traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
         if not (self.training and self.elastic_schedules) or traced:
             return self.schedule
