@@ -1,12 +1,9 @@
 """Evo-DeiT - DeiT with slow-fast token evolution
 
 Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390
-
-Yifan Xu, Zhijie Zhang, Mengdan Zhang, Kekai Sheng, Ke Li, Weiming Dong, Liqing Zhang, Changsheng Xu, Xing Sun.
 """
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -19,7 +16,7 @@ from .base import check, check_flag, check_ratios
 from .checkpoints import BY_SIMILARITY, rename_deit, warn_by_attention
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
 from .evolving_vit import EvolvingVit
-from .hub import build_model, entry_point, evo_cfg, published_cfg, resolve_weights
+from .hub import build_model, entry_point, evo_cfg, paper_cfg, resolve_weights
 
 __all__ = ['EvoVisionTransformer']  # entry_point will add each model to this
 
@@ -182,10 +179,7 @@ model_cfgs = {
 
 
 def deit_args(cfg: Any, kwargs: Dict[str, Any]) -> bool:
-    """Whether these weights of an Evo-DeiT are DeiT's own. If so, arguments that are not given are set for them.
-
-    DeiT's norm and head were trained for the class token, and its weights know no selection by class attention.
-    """
+    """Whether these weights of an Evo-DeiT are DeiT's own. If so, arguments that are not given are set for them."""
     if not (cfg.hf_hub_id or '').startswith('timm/deit_') or cfg.file or cfg.state_dict:
         return False
     kwargs.setdefault('global_pool', 'token')
@@ -197,6 +191,11 @@ def deit_args(cfg: Any, kwargs: Dict[str, Any]) -> bool:
 
 
 def _create_evo_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> EvoVisionTransformer:
+    """Evo-DeiT (https://arxiv.org/abs/2108.01390).
+
+    `pretrained=True` with DeiT's own weights (fb_in1k), which know nothing of selection by class attention, sets it up
+    with class token readout and slow tokens by similarity at keep ratio 0.6, unless arguments say otherwise.
+    """
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_weights(variant, pretrained, kwargs, f'{variant}.fb_in1k, which is DeiT made faster without training')
     default = cfg.tag == 'fb_in1k' and cfg.source is None and 'crop_pct' not in overlay and cfg.crop_pct in (.9, 1.)
@@ -206,41 +205,19 @@ def _create_evo_deit(variant: str, pretrained: bool = False, **kwargs: Any) -> E
     return build_model(EvoVisionTransformer, variant, pretrained, cfg, checkpoint_filter_fn, **kwargs)
 
 
-_DOC = """Evo-DeiT-{0} @ {1}x{1} (https://arxiv.org/abs/2108.01390).
-
-`pretrained=True` with DeiT's own weights (fb_in1k), which know nothing of selection by class attention, sets it up with
-class token readout and slow tokens by similarity at keep ratio 0.6, unless arguments say otherwise.
-"""
-_cfg = partial(evo_cfg, first_conv='patch_embed.proj', classifier=('head', 'head_cls'))
-
-_deit_cfg = partial(  # DeiT's own weights, with the transform that timm evaluates them with
-    _cfg, crop_pct=.9, license='apache-2.0', paper_ids='arXiv:2012.12877',
-    paper_name='Training data-efficient image transformers & distillation through attention',
-    origin_url='https://github.com/facebookresearch/deit')
-
-# where both tags have weights the first is the default
-default_cfgs = generate_default_cfgs({
-    'evo_deit_tiny_patch16_224.evovit_in1k': _cfg(**published_cfg('evo_deit_tiny_patch16_224')),
-    'evo_deit_tiny_patch16_224.fb_in1k': _deit_cfg(hf_hub_id='timm/deit_tiny_patch16_224.fb_in1k'),
-    'evo_deit_small_patch16_224.evovit_in1k': _cfg(**published_cfg('evo_deit_small_patch16_224')),
-    'evo_deit_small_patch16_224.fb_in1k': _deit_cfg(hf_hub_id='timm/deit_small_patch16_224.fb_in1k'),
-    'evo_deit_base_patch16_224.evovit_in1k': _cfg(**published_cfg('evo_deit_base_patch16_224')),
-    'evo_deit_base_patch16_224.fb_in1k': _deit_cfg(hf_hub_id='timm/deit_base_patch16_224.fb_in1k'),
-    'evo_deit_small_patch16_384.untrained': _cfg(input_size=(3, 384, 384)),
-    'evo_deit_base_patch16_384.evovit_in1k': _cfg(
-        input_size=(3, 384, 384), **published_cfg('evo_deit_base_patch16_384')),
-    'evo_deit_base_patch16_384.fb_in1k': _deit_cfg(
-        hf_hub_id='timm/deit_base_patch16_384.fb_in1k', input_size=(3, 384, 384), crop_pct=1.0),
-})
-for _short in ('evo_deit_tiny', 'evo_deit_small', 'evo_deit_base'):
-    default_cfgs[_short] = default_cfgs[f'{_short}_patch16_224']
-
-evo_deit_tiny_patch16_224 = entry_point(_create_evo_deit, 'evo_deit_tiny_patch16_224', _DOC.format('Ti', 224))
-evo_deit_small_patch16_224 = entry_point(_create_evo_deit, 'evo_deit_small_patch16_224', _DOC.format('S', 224))
-evo_deit_base_patch16_224 = entry_point(_create_evo_deit, 'evo_deit_base_patch16_224', _DOC.format('B', 224))
-evo_deit_small_patch16_384 = entry_point(_create_evo_deit, 'evo_deit_small_patch16_384', _DOC.format('S', 384))
-evo_deit_base_patch16_384 = entry_point(_create_evo_deit, 'evo_deit_base_patch16_384', _DOC.format('B', 384))
-# short names
-evo_deit_tiny = entry_point(_create_evo_deit, 'evo_deit_tiny_patch16_224', _DOC.format('Ti', 224), 'evo_deit_tiny')
-evo_deit_small = entry_point(_create_evo_deit, 'evo_deit_small_patch16_224', _DOC.format('S', 224), 'evo_deit_small')
-evo_deit_base = entry_point(_create_evo_deit, 'evo_deit_base_patch16_224', _DOC.format('B', 224), 'evo_deit_base')
+_cfgs: Dict[str, Any] = {}
+for _size, _pixels, _crop_pct in (
+        ('tiny', 224, .9), ('small', 224, .9), ('base', 224, .9), ('small', 384, None), ('base', 384, 1.)):
+    _name = f'deit_{_size}_patch16_{_pixels}'
+    _args = dict(input_size=(3, _pixels, _pixels), first_conv='patch_embed.proj', classifier=('head', 'head_cls'))
+    _cfgs.update(paper_cfg(f'evo_{_name}', **_args))  # where both tags have weights the first is the default
+    if _crop_pct:  # DeiT's own weights, with the transform that timm evaluates them with
+        _cfgs[f'evo_{_name}.fb_in1k'] = evo_cfg(
+            hf_hub_id=f'timm/{_name}.fb_in1k', crop_pct=_crop_pct, license='apache-2.0', paper_ids='arXiv:2012.12877',
+            paper_name='Training data-efficient image transformers & distillation through attention',
+            origin_url='https://github.com/facebookresearch/deit', **_args)
+default_cfgs = generate_default_cfgs(_cfgs)
+for _size in model_cfgs:  # short names
+    default_cfgs[f'evo_deit_{_size}'] = default_cfgs[f'evo_deit_{_size}_patch16_224']
+for _name in default_cfgs:
+    globals()[_name] = entry_point(_create_evo_deit, _name if 'patch16' in _name else f'{_name}_patch16_224', _name)

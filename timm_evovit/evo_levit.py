@@ -2,7 +2,6 @@
 
 Paper: `Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer` - https://arxiv.org/abs/2108.01390
 """
-from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -16,7 +15,7 @@ from .attention import EvolutionState, Schedule
 from .base import check, check_flag, is_number
 from .checkpoints import levit_checkpoint_filter_fn as checkpoint_filter_fn
 from .checkpoints import rename_levit
-from .hub import build_model, entry_point, evo_cfg, published_cfg, resolve_weights
+from .hub import build_model, entry_point, paper_cfg, resolve_weights
 from .slow_tokens import SlowTokens
 
 __all__ = ['EvoLevit']  # entry_point will add each model to this
@@ -344,6 +343,7 @@ class EvoLevit(training.PaperModel, levit.LevitDistilled):
 
 
 def _create_evo_levit(variant: str, pretrained: bool = False, **kwargs: Any) -> EvoLevit:
+    """Evo-LeViT (https://arxiv.org/abs/2108.01390)."""
     size = variant.removeprefix('evo_')
     size = size if size in levit.model_cfgs else size.removesuffix('_384')  # of timm's name
     model_args = dict(levit.model_cfgs[size], **({'drop_path_rate': 0.1} if size == 'levit_384' else {}))
@@ -352,30 +352,12 @@ def _create_evo_levit(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     return build_model(EvoLevit, variant, pretrained, cfg, checkpoint_filter_fn, **kwargs)
 
 
-_cfg = partial(
-    evo_cfg, first_conv='stem.conv1.linear',
-    classifier=('head.linear', 'head_dist.linear', 'head_cls.linear', 'head_cls_dist.linear'))
-
-default_cfgs = generate_default_cfgs({
-    'evo_levit_128s.evovit_in1k': _cfg(**published_cfg('evo_levit_128s')),
-    'evo_levit_128.evovit_in1k': _cfg(**published_cfg('evo_levit_128')),
-    'evo_levit_192.evovit_in1k': _cfg(**published_cfg('evo_levit_192')),
-    'evo_levit_256.evovit_in1k': _cfg(**published_cfg('evo_levit_256')),
-    'evo_levit_384.evovit_in1k': _cfg(**published_cfg('evo_levit_384')),
-    'evo_levit_128s_384.untrained': _cfg(input_size=(3, 384, 384)),
-    'evo_levit_128_384.untrained': _cfg(input_size=(3, 384, 384)),
-    'evo_levit_192_384.untrained': _cfg(input_size=(3, 384, 384)),
-    'evo_levit_256_384.evovit_in1k': _cfg(input_size=(3, 384, 384), **published_cfg('evo_levit_256_384')),
-    'evo_levit_384_384.evovit_in1k': _cfg(input_size=(3, 384, 384), **published_cfg('evo_levit_384_384')),
-})
-
-evo_levit_128s = entry_point(_create_evo_levit, 'evo_levit_128s')
-evo_levit_128 = entry_point(_create_evo_levit, 'evo_levit_128')
-evo_levit_192 = entry_point(_create_evo_levit, 'evo_levit_192')
-evo_levit_256 = entry_point(_create_evo_levit, 'evo_levit_256')
-evo_levit_384 = entry_point(_create_evo_levit, 'evo_levit_384')
-evo_levit_128s_384 = entry_point(_create_evo_levit, 'evo_levit_128s_384')
-evo_levit_128_384 = entry_point(_create_evo_levit, 'evo_levit_128_384')
-evo_levit_192_384 = entry_point(_create_evo_levit, 'evo_levit_192_384')
-evo_levit_256_384 = entry_point(_create_evo_levit, 'evo_levit_256_384')
-evo_levit_384_384 = entry_point(_create_evo_levit, 'evo_levit_384_384')
+_cfgs: Dict[str, Any] = {}
+for _suffix, _size in ('', 224), ('_384', 384):
+    for _width in '128s', '128', '192', '256', '384':
+        _cfgs.update(paper_cfg(
+            f'evo_levit_{_width}{_suffix}', input_size=(3, _size, _size), first_conv='stem.conv1.linear',
+            classifier=('head.linear', 'head_dist.linear', 'head_cls.linear', 'head_cls_dist.linear')))
+default_cfgs = generate_default_cfgs(_cfgs)
+for _name in default_cfgs:
+    globals()[_name] = entry_point(_create_evo_levit, _name, _name)

@@ -62,12 +62,14 @@ def evo_cfg(**kwargs: Any) -> Dict[str, Any]:
         'origin_url': 'https://github.com/YifanXu74/Evo-ViT', **kwargs}
 
 
-def published_cfg(name: str) -> Dict[str, Any]:
-    """Configuration of the paper's weights, tag `evovit_in1k`."""
+def paper_cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
+    """Configuration of a model by its name and tag, which is `evovit_in1k` where the paper's weights are published."""
+    if name not in PUBLISHED:
+        return {f'{name}.untrained': evo_cfg(**kwargs)}
     org = os.environ.get(HUB_VARIABLE, '').strip('/')  # no default: anyone could register an unclaimed name
-    return dict(
+    return {f'{name}.evovit_in1k': evo_cfg(
         hf_hub_id=f'{org}/{name}.evovit_in1k' if org else None, license='mit',
-        notes=(f'top-1 on ImageNet-1k as the paper reports it: {PUBLISHED[name][0]} %',))
+        notes=(f'top-1 on ImageNet-1k as the paper reports it: {PUBLISHED[name][0]} %',), **kwargs)}
 
 
 def resolve_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any], fallback_hint: str) -> PretrainedCfg:
@@ -84,13 +86,13 @@ def resolve_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any], fall
     return cfg
 
 
-def entry_point(create: Callable[..., nn.Module], variant: str, doc: str = '', name: str = '') -> Any:
-    """Register the entry point `variant(pretrained=False, **kwargs)` of timm, or one of another name."""
+def entry_point(create: Callable[..., nn.Module], variant: str, name: str) -> Any:
+    """Register the entry point `name(pretrained=False, **kwargs)` of timm, which creates this variant."""
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return create(variant, pretrained, **kwargs)
 
-    entry_point.__name__ = entry_point.__qualname__ = name or variant
-    entry_point.__module__, entry_point.__doc__ = create.__module__, doc
+    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__module__, entry_point.__doc__ = create.__module__, create.__doc__
     return register_model(entry_point)
 
 
