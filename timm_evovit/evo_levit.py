@@ -115,8 +115,6 @@ class EvoLevitStage(levit.LevitStage):
             weight = attn.kv.linear.weight
             attn.pos_embed = nn.Parameter(weight.new_empty(1, 1 + in_grid_size[0] * in_grid_size[1], weight.shape[1]))
             attn.reset_parameters()
-        else:
-            stage.downsample = None
         for block in stage.blocks:
             block.__class__, block.attn.__class__ = EvoLevitBlock, EvoLevitAttention
             block.grid = nn.Identity()  # called with the complete sequence where a stage starts: a place for hooks
@@ -126,7 +124,7 @@ class EvoLevitStage(levit.LevitStage):
 
     def forward(self, x: torch.Tensor, state: EvolutionState) -> torch.Tensor:
         """Tokens (B, N, C), the class token first, to tokens (B, 1 + h * w, C). `state` is updated."""
-        if self.downsample is not None:
+        if isinstance(self.downsample, EvoLevitDownsample):
             x = self.downsample(x, state)
         return attention.run_blocks(self.blocks, x, state)
 

@@ -21,7 +21,7 @@ from ..evo_vit import evolve
 from ..training import PaperModel
 from .convert import convert
 from .load import load_model
-from .sweep import Pictures, Setting, describe, how_to_use, plot, quiet, sweep, table
+from .sweep import Pictures, Setting, describe, how_to_use, plot, sweep, table
 from .visualize import find_images, sheet, visualize
 
 
@@ -103,7 +103,7 @@ def _sweep(args: argparse.Namespace) -> int:
         settings.append(Setting(model, ratio, args.amp_dtype))
     data = resolve_model_data_config(dense)
     pictures = Pictures(_find_pictures(args, dense), create_transform(**data), data['input_size'][0], args.limit)
-    loader = DataLoader(pictures, args.batch_size, num_workers=args.workers, worker_init_fn=quiet)
+    loader = DataLoader(pictures, args.batch_size, num_workers=args.workers)
     batch = torch.randn(args.batch_size, *data['input_size'], device=args.device)
     args.max_drop = (5. if args.no_labels else 1.) if args.max_drop is None else args.max_drop
 

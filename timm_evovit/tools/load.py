@@ -54,14 +54,9 @@ def load_exactly(model: nn.Module, weights: Dict[str, torch.Tensor], path: Union
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:  # it names every tensor, one kind of misfit in a line
-        shapes, found = r': copying .*?Size\((.*?)\).*?Size\((.*?)\)\.', []
-        for line in sorted(str(e).split('\n\t')[1:], key=lambda line: 'key(s)' in line):  # shapes come first
-            keys = re.findall('"(.*?)"', line) if 'key(s)' in line else ()
-            found += [f'{line.split()[0].lower()} {key}' for key in keys] or [
-                re.sub(shapes, r' (\1 in the file, \2 in the model)', line).rstrip('. ')]
-        more = f' and {len(found) - 3} more' if len(found) > 3 else ''
-        raise ValueError(
-            f'{path} does not fit the model, its image size or other arguments: {"; ".join(found[:3])}{more}.') from e
+        lines = sorted(str(e).split('\n\t')[1:], key=lambda line: 'key(s)' in line)  # shapes come first
+        misfits = shorten(' '.join(lines), 300)
+        raise ValueError(f'{path} does not fit the model, its image size or other arguments: {misfits}') from e
 
 
 def read_args(checkpoint: Union[str, Path]) -> Dict[str, Any]:

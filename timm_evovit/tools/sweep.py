@@ -71,18 +71,10 @@ def time_in_turns(
         steps: Dict[Any, Callable[[], Any]], rounds: int, warmup: int = 2, seconds: float = 1.,
         device: Union[str, torch.device] = 'cpu', times: Optional[Dict[Any, List[float]]] = None,
 ) -> Dict[Any, List[float]]:
-    """Time functions in rounds, each of them once in every round and in reverse order in every second one.
+    """Seconds per call of functions by name, in rounds, in which they take turns, forwards and backwards.
 
-    Args:
-        steps: Functions by name.
-        rounds: Number of rounds that count.
-        warmup: Number of rounds before those.
-        seconds: How long a function is called again in a round, at least.
-        device: Where the functions do their work. Unless it is the CPU, the host waits for it after ten calls only.
-        times: What is returned, filled round by round.
-
-    Returns:
-        Seconds per call in each round, by name.
+    Each is called again in a round for `seconds` at least. Unless they work on the CPU, the host waits for the device
+    after ten calls only. The first `warmup` rounds do not count. `times` is what is returned, filled round by round.
     """
     device, times = torch.device(device), times or {name: [] for name in steps}
     at_once = 1 if device.type == 'cpu' else 10
@@ -176,20 +168,11 @@ def choose(rows: Sequence[Dict[str, Any]], max_drop: float, images: int) -> Tupl
     return max(fits, key=lambda row: row['speed_up']), 0
 
 
-def quiet(worker: int) -> None:
-    """Make a process of a loader leave Ctrl-C, and what that breaks, to the main process, which hears of all errors."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *args: None
-
-
 def start(loader: Any) -> Any:
     """An iterator over a loader, whose processes leave Ctrl-C to this one."""
-    pressed: List[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *args: pressed.append(args))  # the processes inherit it
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes inherit it
     batches = iter(loader)
     signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
     return batches
 
 

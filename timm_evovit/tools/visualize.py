@@ -30,7 +30,6 @@ def find_images(name: str, output: Path) -> List[Path]:
         p.parent.resolve(), p.resolve().parent)]
 
 
-
 def tint(heat: torch.Tensor, grey: Any) -> torch.Tensor:
     """Blue for 0, red for 0.5, yellow for 1, (3, H, W) of (1, H, W), as light or dark as the picture below."""
     return 0.6 * grey + 0.4 * torch.cat([2 * heat, 2 * heat - 1, 1 - 2 * heat]).clamp(0.2, 1)
