@@ -28,7 +28,7 @@ from torch import nn
 from timm_evovit.tools import sweep
 
 ENVIRONMENT = ('MALLOC_', 'OMP_', 'KMP_', 'MKL_', 'LD_PRELOAD', 'PYTORCH_')  # variables that may change the speed
-PACKAGES = ('timm', 'timm_evovit', 'onnxruntime')
+PACKAGES = ('timm', 'timm_evovit', 'onnxruntime', 'openvino', 'nncf')
 Arguments = Optional[Sequence[str]]  # of a program, by default those of the process
 time_in_turns = sweep.time_in_turns
 

@@ -7,8 +7,8 @@
     python benchmarks/speed.py model.onnx model.int8.onnx others.py:create_model --against deit_small_patch16_224
     python benchmarks/speed.py --suite benchmarks/suites/cpu.txt --output benchmarks/results/speed-cpu.json
 
-A model is a name that timm knows; `FILE.py:FUNCTION`, the model that the function returns; or `FILE.onnx`, run by ONNX
-Runtime. The baseline is the first model of --against, or the first of all. A suite is a file with the arguments of one
+A model is a name that timm knows; `FILE.py:FUNCTION`, the model that the function returns; `FILE.onnx`, run by ONNX
+Runtime; or `FILE.xml`, run by OpenVINO in float32. The baseline is the first model of --against, or the first of all. A suite is a file with the arguments of one
 run per line; each line is run in a process of its own, and all rows go to one result file.
 
 On Linux the C library returns large buffers to the system after each batch, which distorts timings. To switch that off:
@@ -49,7 +49,22 @@ class OnnxModel(nn.Module):
         return torch.from_numpy(self.session.run(None, {self.input_name: x.numpy()})[0])
 
 
-FILES = {'.onnx': OnnxModel}  # models in files that are no modules of PyTorch, by suffix
+class OpenVinoModel(nn.Module):
+    """A file of OpenVINO on the CPU, called as a model is."""
+
+    def __init__(self, path: str) -> None:
+        import openvino
+        super().__init__()
+        self.compiled = openvino.Core().compile_model(  # on many processors the default is bfloat16
+            path, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'})
+        size = self.compiled.inputs[0].get_partial_shape()
+        self.pretrained_cfg = {'input_size': tuple(d.get_length() for d in list(size)[1:])}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.compiled(x.numpy())[0])
+
+
+FILES = {'.onnx': OnnxModel, '.xml': OpenVinoModel}  # models in files that are no modules of PyTorch, by suffix
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -87,7 +102,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
             if file.endswith('.py') and not function:
                 parser.error(f'{spec}: name the function as well, {file}:FUNCTION')
         elif file not in ('hf-hub', 'local-dir') and not timm.is_model(spec):
-            parser.error(f'{spec}: unknown to timm, and neither FILE.py:FUNCTION nor FILE.onnx')
+            parser.error(f'{spec}: unknown to timm, and neither FILE.py:FUNCTION, FILE.onnx nor FILE.xml')
         if spec.endswith(tuple(FILES)) and (
                 args.train or args.compile or args.dtype != 'float32' or args.device != 'cpu'):
             parser.error(f'{spec}: such files are for inference in float32 on the CPU')

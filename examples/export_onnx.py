@@ -1,26 +1,31 @@
 #!/usr/bin/env python3
-"""Export a model to ONNX for any batch size and compare the file with PyTorch in ONNX Runtime.
+"""Export a model to ONNX Runtime or OpenVINO, check the file, and compare its speed with that of the dense model.
 
     python examples/export_onnx.py evo_deit_small_patch16_224 --pretrained
-    python examples/export_onnx.py local-dir:output/finetune/model --pretrained --int8
+    python examples/export_onnx.py evo_vit --model-kwargs base=vit_small_patch16_224 keep_ratio=0.5 --pretrained --int8
+    python examples/export_onnx.py local-dir:output/finetune/model --pretrained --int8 --calibrate flowers/validation
+    python examples/export_onnx.py evo_deit_small_patch16_224 --pretrained --output model.xml
 
-Writes --output, and with --int8 a second file `*.int8.onnx` whose matrix products have weights of 8 bits. Both say in
-their metadata how to prepare pictures and, where the model knows it, what its classes are called. To time the files
-beside the models: `python benchmarks/speed.py model.onnx model.int8.onnx --against evo_deit_small_patch16_224`.
+The name of --output says for which runtime: `.onnx` for ONNX Runtime, `.xml` for OpenVINO. Files take any batch size, and
+any height and width if the model does, as with `--model-kwargs dynamic_img_size=True`. --int8 writes a second file,
+`*.int8.onnx` or `*.int8.xml`, whose matrix products by weights are in 8 bits: with --calibrate the ranges of activations
+are those of pictures in a folder, without it ONNX Runtime finds them for each batch. Metadata say how to prepare
+pictures and, where the model knows it, what its classes are called.
 """
 import argparse
 import json
+import logging
+import statistics
+import tempfile
+from functools import partial
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import torch
-from onnxruntime.quantization import quantize_dynamic
-from onnxruntime.quantization.shape_inference import quant_pre_process
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from timm.data import ImageNetInfo, create_dataset, create_transform, infer_imagenet_subset, resolve_model_data_config
 from timm.utils import ParseKwargs, reparameterize_model
 
 from timm_evovit.tools.load import load_model
+from timm_evovit.tools.sweep import time_in_turns
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument(
@@ -29,66 +34,171 @@ parser.add_argument('--pretrained', action='store_true')
 parser.add_argument('--checkpoint', metavar='FILE', help="weights of the model, such as those of timm's train.py")
 parser.add_argument('--use-ema', action='store_true', help="the checkpoint's moving average of the weights")
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='arguments of the model')
-parser.add_argument('--int8', action='store_true', help='write a file with weights of 8 bits as well')
-parser.add_argument('--output', type=Path, default=Path('model.onnx'))
+parser.add_argument('--int8', action='store_true', help='write a file with products in 8 bits as well')
+parser.add_argument('--calibrate', metavar='DIR', help='pictures, in any folders, for the ranges of --int8')
+parser.add_argument('--num-pictures', type=int, default=128, help='how many pictures of DIR, at random')
+parser.add_argument('--batch-size', type=int, default=8, help='of the comparison of speed')
+parser.add_argument('--output', type=Path, default=Path('model.onnx'), metavar='FILE', help='FILE.onnx or FILE.xml')
 
 
-def compare(model, path, size, tolerance):
-    """Largest difference of the logits of batches of 1, 2 and 5 images, relative to the largest logit.
+class OnnxRuntime:
+    """Files for ONNX Runtime."""
 
-    Raises:
-        RuntimeError: It is greater than `tolerance`.
-    """
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    error = 0.
-    for batch in (1, 2, 5):
-        images = torch.randn(batch, *size)
-        with torch.inference_mode():
-            expected = model(images)
-        logits, = session.run(None, {'images': images.numpy()})
-        error = max(error, ((torch.from_numpy(logits) - expected).abs().max() / expected.abs().max()).item())
-    if error > tolerance:
-        raise RuntimeError(f'{path}: logits differ from PyTorch by {error:.1e} of the largest, more than {tolerance}.')
-    return error
+    def __init__(self):
+        import onnx
+        import onnxruntime
+        from onnxruntime import quantization
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+        self.onnx, self.onnxruntime = onnx, onnxruntime
+        self.quantization, self.quant_pre_process = quantization, quant_pre_process
+
+    def export(self, model, images, dynamic, path, info):
+        torch.onnx.export(
+            model, (images,), path, dynamo=True, verbose=False, external_data=False, input_names=['images'],
+            output_names=['logits'], dynamic_shapes=(dynamic,))
+        self.describe(path, info)
+
+    def quantize(self, path, small, pictures, info):
+        q, options = self.quantization, dict(op_types_to_quantize=['MatMul', 'Gemm'])
+        self.quant_pre_process(path, small, skip_symbolic_shape=True)
+        if pictures is None:
+            q.quantize_dynamic(small, small, **options)
+        else:
+            batches = iter([{'images': x.numpy()} for x in pictures.split(1)])
+            reader = type('Reader', (q.CalibrationDataReader,), {'get_next': lambda self: next(batches, None)})()
+            q.quantize_static(  # products of activations, attention and matching among them, stay in 32 bits
+                small, small, reader, per_channel=True, extra_options={'MatMulConstBOnly': True}, **options)
+        self.describe(small, info)
+
+    def describe(self, path, info):
+        file = self.onnx.load(path)
+        self.onnx.helper.set_model_props(file, info)
+        self.onnx.save(file, path)
+
+    def load(self, path):
+        options = self.onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # it would slow down the next model
+        session = self.onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+        return lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
 
 
-def describe(path, model, pretrained):
-    """Write into the metadata of a file timm's data configuration and the names of the classes, lists as JSON."""
+class OpenVino:
+    """Files for OpenVINO, each with a second one, `*.bin`, that has the weights."""
+
+    def __init__(self):
+        import openvino
+        self.openvino, self.core = openvino, openvino.Core()
+
+    def export(self, model, images, dynamic, path, info):
+        program = torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
+        self.save(self.openvino.convert_model(program), path, info)
+
+    def quantize(self, path, small, pictures, info):
+        import nncf
+        nncf.set_log_level(logging.ERROR)
+        model = nncf.quantize(  # without matching and grouping, the batched products outside of attention
+            self.core.read_model(path), nncf.Dataset(pictures.split(1), lambda x: x.numpy()), subset_size=len(pictures),
+            model_type=nncf.ModelType.TRANSFORMER, ignored_scope=nncf.IgnoredScope(patterns=['.*bmm.*'], validate=False))
+        self.save(model, small, info)
+
+    def save(self, model, path, info):
+        for key, value in info.items():
+            model.set_rt_info(value, ['model_info', key])
+        self.openvino.save_model(model, path, compress_to_fp16=False)
+
+    def load(self, path):
+        model = self.core.compile_model(  # on many processors the default is bfloat16
+            path, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'})
+        return lambda x: torch.from_numpy(model(x.numpy())[0])
+
+
+RUNTIMES = {'.onnx': OnnxRuntime, '.xml': OpenVino}
+
+
+def metadata(model, pretrained):
+    """timm's data configuration and the names of the classes, lists as JSON."""
     info = {**resolve_model_data_config(model), 'num_classes': model.num_classes}
     names = model.pretrained_cfg.get('label_names')
     if not names and pretrained and (subset := infer_imagenet_subset(model)):
         names = ImageNetInfo(subset).label_names()
     if names and len(names) == model.num_classes:
         info['label_names'] = names
-    file = onnx.load(path)
-    onnx.helper.set_model_props(file, {k: v if isinstance(v, str) else json.dumps(v) for k, v in info.items()})
-    onnx.save(file, path)
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in info.items()}
+
+
+def read_pictures(folder, model, count):
+    """Pictures of a folder, prepared as the model takes them, (N, C, H, W)."""
+    dataset = create_dataset('', root=folder)
+    dataset.transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:count]
+    return torch.stack([dataset[i][0] for i in chosen.tolist()])
+
+
+@torch.inference_mode()
+def difference(run, model, images):
+    """Largest difference of the logits of batches of 1, 2 and 5 images, relative to the largest logit."""
+    error = 0.
+    for x in images[:8].split((1, 2, 5)):
+        expected = model(x)
+        error = max(error, ((run(x) - expected).abs().max() / expected.abs().max()).item())
+    return error
+
+
+def write(runtime, model, pictures, dynamic, path, args):
+    """Export a model, and quantize it if that is asked for. Returns path, function and error of each file."""
+    info, paths = metadata(model, args.pretrained), [path]
+    runtime.export(model, pictures[:2], dynamic, path, info)
+    if args.int8:
+        paths.append(path.with_suffix(f'.int8{path.suffix}'))
+        runtime.quantize(path, paths[1], pictures if args.calibrate else None, info)
+    runs = [runtime.load(path) for path in paths]
+    return [(path, run, difference(run, model, pictures)) for path, run in zip(paths, runs)]
 
 
 def main():
     args = parser.parse_args()
+    if args.output.suffix not in RUNTIMES:
+        parser.error(f"--output must end with {' or '.join(RUNTIMES)}, got {args.output}")
+    if args.calibrate and not args.int8:
+        parser.error('--calibrate is for --int8')
+    if args.calibrate and not Path(args.calibrate).is_dir():
+        parser.error(f'--calibrate {args.calibrate}: there is no such folder')
+    if args.int8 and args.output.suffix == '.xml' and not args.calibrate:
+        parser.error('--int8 for OpenVINO needs pictures: --calibrate DIR')
     try:
         model, _, _ = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, **args.model_kwargs)
+        model = reparameterize_model(model.eval())  # folds LeViT's batch norms into its linear layers
+        size = resolve_model_data_config(model)['input_size']
+        pictures = read_pictures(args.calibrate, model, args.num_pictures) if args.calibrate else torch.randn(8, *size)
     except (OSError, RuntimeError, TypeError, ValueError) as e:
         parser.error(str(e))
-    size = resolve_model_data_config(model.eval())['input_size']
-    model = reparameterize_model(model)  # folds LeViT's batch norms into its linear layers
+    dynamic = {0: torch.export.Dim.DYNAMIC}
+    if getattr(model, 'dynamic_img_size', False):
+        dynamic.update({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC})
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
-    torch.onnx.export(
-        model, (torch.randn(2, *size),), args.output, dynamo=True, verbose=False, external_data=False,
-        input_names=['images'], output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch')},))
-    describe(args.output, model, args.pretrained)
-    error = compare(model, args.output, size, tolerance=1e-4)
-    print(f'{args.output}: {args.output.stat().st_size / 1e6:.1f} MB, logits within {error:.1e} of PyTorch')
-
-    if args.int8:
-        small = args.output.with_suffix('.int8.onnx')
-        quant_pre_process(args.output, small, skip_symbolic_shape=True)
-        quantize_dynamic(small, small, op_types_to_quantize=['MatMul', 'Gemm'])
-        describe(small, model, args.pretrained)
-        error = compare(model, small, size, tolerance=float('inf'))
-        print(f'{small}: {small.stat().st_size / 1e6:.1f} MB, logits within {error:.1e} of PyTorch')
+    written = []  # the files of the model, then those of the dense one
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            runtime = RUNTIMES[args.output.suffix]()
+            written.append(write(runtime, model, pictures, dynamic, args.output, args))
+            if hasattr(model, 'set_keep_ratio'):
+                model.set_keep_ratio(1)
+                written.append(write(runtime, model, pictures, dynamic, Path(folder) / args.output.name, args))
+        except ModuleNotFoundError as e:
+            parser.error(f"{args.output.name} needs the package {e.name}: pip install '.[export]'")
+        images = torch.randn(args.batch_size, *size)
+        times = time_in_turns(
+            {path: partial(run, images) for files in written for path, run, _ in files}, rounds=5, seconds=0.5)
+        for files in zip(*written):
+            for path, _, error in files:
+                ratio = statistics.median(a / b for a, b in zip(times[files[-1][0]], times[path]))
+                print(
+                    f"{path if path is files[0][0] else '  dense'}: {1000 * min(times[path]) / args.batch_size:.1f} ms per "
+                    f'picture, {ratio:.2f} times as fast as dense, logits within {error:.1e} of PyTorch')
+    if written[0][0][2] > 1e-3:
+        raise RuntimeError(f'{args.output}: its logits are not those of PyTorch, do not use it.')
 
 
 if __name__ == '__main__':

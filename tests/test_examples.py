@@ -105,17 +105,29 @@ def test_finetune_needs_the_same_classes(digits, tmp_path):
     ('evo_deit_tiny', ['img_size=32', *SMALL]),
     ('evo_levit_128s', ['img_size=96', 'embed_dim=(16,24,32)', 'key_dim=8', 'num_heads=(2,3,4)', 'depth=(3,1,1)']),
 ])
-def test_export_onnx(tmp_path, name, kwargs):
-    """The example compares the file with PyTorch and fails if they differ."""
+def test_export_onnx(digits, tmp_path, name, kwargs):
+    """The files give the logits of PyTorch, in 8 bits with ranges of pictures about so; the dense model is beside them."""
     file = tmp_path / 'onnx' / 'model.onnx'
-    log = run(EXAMPLES / 'export_onnx.py', name, '--model-kwargs', 'num_classes=10', *kwargs, '--int8', '--output',
-              file, cwd=tmp_path)
-    assert float(re.search(r'model.onnx: .* logits within (\S+) of PyTorch', log)[1]) < 1e-4
+    log = run(EXAMPLES / 'export_onnx.py', name, '--model-kwargs', 'num_classes=10', *kwargs, '--int8', '--calibrate', digits,
+              '--num-pictures', 16, '--output', file, cwd=tmp_path)
+    errors = [float(e) for e in re.findall(r'(?:onnx|dense): .* times as fast as dense, logits within (\S+) of PyTorch', log)]
+    assert len(errors) == 4 and max(errors[:2]) < 1e-4 < min(errors[2:]) and max(errors[2:]) < 0.3
     size = int(kwargs[0].partition('=')[2])
     for path in (file, file.with_suffix('.int8.onnx')):
         session = onnxruntime.InferenceSession(path)
         assert session.get_inputs()[0].shape[1:] == [3, size, size]
         assert session.run(None, {'images': torch.zeros(3, 3, size, size).numpy()})[0].shape == (3, 10)
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--output', 'm.pt'], '--output must end with .onnx or .xml, got m.pt'),
+    (['--calibrate', '.'], '--calibrate is for --int8'),
+    (['--int8', '--output', 'm.xml'], '--int8 for OpenVINO needs pictures: --calibrate DIR'),
+    (['--int8', '--calibrate', 'nowhere'], '--calibrate nowhere: there is no such folder'),
+])
+def test_export_onnx_of_wrong_arguments(tmp_path, args, message):
+    log = run(EXAMPLES / 'export_onnx.py', 'evo_deit_tiny', *args, cwd=tmp_path, fails=True)
+    assert message in log and 'Traceback' not in log and not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow
