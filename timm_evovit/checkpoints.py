@@ -2,7 +2,7 @@
 import logging
 import math
 import re
-from typing import Any, Dict, Tuple
+from typing import Any, Dict
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -11,6 +11,7 @@ from torch import nn
 
 _logger = logging.getLogger(__name__)
 BY_SIMILARITY = 'grouped_by_similarity'  # key of the weights of an Evo-DeiT that groups like patches
+OPTIONAL = ('norm_cls.', 'head_cls', 'tradeoff')  # weights of a class token branch or learned tradeoff
 
 
 def warn_by_attention(state_dict: Dict[str, Any], prefix: str = '') -> None:
@@ -113,9 +114,8 @@ def deit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> D
         warn_by_attention(state_dict)
         state_dict = {BY_SIMILARITY: getattr(model, BY_SIMILARITY), **state_dict}
     state_dict = rename_deit({k: v for k, v in state_dict.items() if k != 'epochs_started'})
-    state_dict = _adapt_readout(state_dict, model)
-    if model.head_cls is None:
-        state_dict = {k: v for k, v in state_dict.items() if not k.startswith(('norm_cls.', 'head_cls.'))}
+    own, state_dict = model.state_dict(), _adapt_readout(state_dict, model)
+    state_dict = {k: v for k, v in state_dict.items() if k in own or not k.startswith(OPTIONAL)}
     return vit_checkpoint_filter_fn(state_dict, model)
 
 
@@ -126,11 +126,8 @@ def levit_checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> 
         raise ValueError(
             'The checkpoint is of a LeViT: it has attention_biases. Evo-LeViT has a class token and position '
             'embeddings instead, and needs weights of its own.')
-    state_dict = rename_levit(state_dict)
-    dropped: Tuple[str, ...] = () if model.head_cls is not None else ('head_cls.', 'head_cls_dist.')
-    if model.tradeoff is None:
-        dropped += ('tradeoff',)
-    state_dict = {k: v for k, v in state_dict.items() if not k.startswith(dropped)}
+    own, state_dict = model.state_dict(), rename_levit(state_dict)
+    state_dict = {k: v for k, v in state_dict.items() if k in own or not k.startswith(OPTIONAL)}
     source = getattr(model, 'pretrained_cfg', {}).get('input_size', (3, 224, 224))[1:]
     for i in range(len(model.stages)):
         key = f'stages.{i}.downsample.attn_downsample.pos_embed' if i > 0 else 'pos_embed'

@@ -12,10 +12,9 @@ from timm.models import save_for_hf
 from timm.models._hub import generate_readme
 
 from ..base import check
+from ..checkpoints import OPTIONAL
 from ..hub import PUBLISHED
 from .load import head_args, load_exactly, read_args, read_weights
-
-OPTIONAL = ('norm_cls.', 'head_cls', 'tradeoff')  # tensors of a class token branch or learned tradeoff
 
 
 def _download(name: str) -> Path:
