@@ -1,16 +1,15 @@
-"""What the tests share: small models, comparisons, the authors' key names, and a runner of programs."""
+"""What the tests share: small models, comparisons, and the authors' key names."""
 import argparse
 import functools
 import math
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
 from timm.utils import ParseKwargs
+
+from timm_evovit import evolve
 
 TINY = dict(num_classes=10, img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2)
 TINY_LEVIT = dict(num_classes=10, img_size=64, embed_dim=(16, 24, 32), key_dim=4, num_heads=(2, 3, 4), depth=(4, 2, 2))
@@ -63,6 +62,11 @@ def build(name, seed=0, **kwargs):
 
 build_deit = functools.partial(build, FAMILIES['deit'])
 build_levit = functools.partial(build, FAMILIES['levit'])
+MODELS = {
+    'deit': build_deit, 'levit': build_levit,
+    'evolved': lambda **kwargs: evolve(build('vit_tiny_patch16_224', **kwargs)),
+}
+all_models = pytest.mark.parametrize('kind', MODELS)
 
 
 def images(n=2, size=32, chans=3, seed=1):
@@ -149,19 +153,3 @@ def levit_names(model):
 def authors_names(model):
     """State dict under the authors' names, written out the other way round than the package does it."""
     return levit_names(model) if hasattr(model, 'stem') else deit_names(model.state_dict())
-
-
-# Programs
-
-def run_python(*args, cwd, **env):
-    """Standard output and error of a Python process that runs outside the checkout; it must end without an error.
-
-    PYTHONPATH is put in front of what there is.
-    """
-    if 'PYTHONPATH' in env:
-        env['PYTHONPATH'] = os.pathsep.join(filter(None, (env['PYTHONPATH'], os.environ.get('PYTHONPATH'))))
-    done = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True,
-        timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr

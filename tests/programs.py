@@ -15,13 +15,23 @@ needs_timm_repo = pytest.mark.skipif(
     'TIMM_REPO' not in os.environ, reason="timm's scripts are only in its repository, set TIMM_REPO to a checkout")
 
 
-def run(script, *args, cwd, fails=False, **env):
-    """Output of a program, standard error last."""
+def run_python(*args, cwd, fails=False, **env):
+    """Standard output and error of a Python process; it must end without an error, or with one.
+
+    PYTHONPATH is put in front of what there is.
+    """
+    if 'PYTHONPATH' in env:
+        env['PYTHONPATH'] = os.pathsep.join(filter(None, (env['PYTHONPATH'], os.environ.get('PYTHONPATH'))))
     done = subprocess.run(
-        [sys.executable, str(script), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=1500,
+        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=1500,
         env={**os.environ, 'OMP_NUM_THREADS': '1', **env})  # as many tests run at once as there are cores
     assert (done.returncode != 0) == fails, done.stderr[-3000:] + done.stdout[-1000:]
-    return done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def run(script, *args, **kwargs):
+    """Output of a program, standard error last."""
+    return ''.join(run_python(script, *args, **kwargs))
 
 
 def write_digits(root, per_class=None):
