@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import FAMILIES, TINY, assert_same_weights, authors_names, both_families, build, build_deit, images, tiny
+from helpers import FAMILIES, TINY, assert_same_weights, authors_names, build, build_deit, images, tiny
 
 from timm_evovit import evolve
 from timm_evovit.checkpoints import BY_SIMILARITY
@@ -20,33 +20,27 @@ def load(source, **kwargs):
         NAME, pretrained=True, pretrained_cfg_overlay=overlay, **{**TINY, **kwargs}).eval()
 
 
-def test_authors_names_from_state_dict_and_file(tmp_path):
-    model = build_deit()
-    authors = authors_names(model)
-    assert len(authors) == len(model.state_dict()) + 2 * 12
-    torch.save({'model': authors}, tmp_path / 'authors.pth')
-    torch.save({'state_dict': model.state_dict()}, tmp_path / 'timm.pth')
-    for source in (
-            dict(state_dict=dict(authors)), dict(state_dict={'model': authors}), dict(state_dict=model.state_dict()),
-            dict(file=str(tmp_path / 'authors.pth')), dict(file=str(tmp_path / 'timm.pth'))):
-        loaded = load(source)
-        assert_same_weights(loaded, model)
-        assert torch.equal(loaded(images()), model(images()))
-
-
-@both_families
-def test_without_a_filter(family, tmp_path):
-    """What `validate.py --checkpoint` and `train.py --initial-checkpoint` do: no filter, no configuration."""
-    name = FAMILIES[family]
-    model, path = build(name), str(tmp_path / 'authors.pth')
+@pytest.mark.parametrize('family, kwargs, some', [
+    ('deit', {}, 'qks.3.qk.weight vs.3.v.bias norms.3.weight projs.3.bias norm.weight norm_cls.weight'),
+    ('levit', {}, 'blocks.0.m1.m.learn_tradeoff blocks.1.m2.m.2.bn.running_var patch_embed.6.c.weight head_dist.l.bias'),
+    ('levit', dict(depth=(2, 3, 1)), 'blocks.2.poss blocks.2.q.1.c.weight blocks.3.m.0.c.weight blocks.4.m1.m.qkv.c.weight'),
+])
+def test_authors_names(family, kwargs, some, tmp_path):
+    """With timm's filter of checkpoints, and without, as `validate.py --checkpoint` and `train.py --initial-checkpoint`."""
+    name, path = FAMILIES[family], str(tmp_path / 'authors.pth')
+    model, kwargs = build(name, **kwargs), tiny(name, **kwargs)
     weights = authors_names(model)
-    assert set(weights) != set(model.state_dict())
+    assert set(some.split()) <= set(weights)
     torch.save({'model': weights, 'args': Namespace(lr=1)}, path)
-    assert_same_weights(timm.create_model(name, checkpoint_path=path, **tiny(name)), model)
-    other = timm.create_model(name, **tiny(name))
+    for source in (dict(state_dict=dict(weights)), dict(state_dict={'model': weights}), dict(file=path),
+                   dict(state_dict=model.state_dict())):
+        overlay = dict(source, num_classes=10)
+        assert_same_weights(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs), model)
+    assert_same_weights(timm.create_model(name, checkpoint_path=path, **kwargs), model)
+    other = timm.create_model(name, **kwargs)
     timm.models.load_checkpoint(other, path, use_ema=False)
     assert_same_weights(other, model)
-    nested = torch.nn.ModuleDict({'a': timm.create_model(name, **tiny(name))})
+    nested = torch.nn.ModuleDict({'a': timm.create_model(name, **kwargs)})
     nested.load_state_dict({f'a.{k}': v for k, v in weights.items()})
     assert_same_weights(nested['a'], model)
     del weights['cls_token']
@@ -140,16 +134,6 @@ def test_what_does_not_fit_is_named(damage, message):
         load(dict(state_dict=authors))
 
 
-def test_a_count_of_epochs_tells_of_class_attention_too(caplog):
-    model = build('evo_deit_tiny', assisted_cls=False, slow_tokens='similarity')
-    weights = build('evo_deit_tiny', assisted_cls=False, layer_to_stage_epochs=5).state_dict()
-    model.load_state_dict(weights)
-    assert 'trained by class attention' in caplog.text
-    caplog.clear()
-    build('evo_deit_tiny', assisted_cls=False).load_state_dict(weights)
-    assert not caplog.text
-
-
 def test_weights_by_similarity_are_assigned_to_a_model_on_meta():
     weights = build('evo_deit_tiny', slow_tokens='similarity', pos_embed='none').state_dict()
     with torch.device('meta'):
@@ -198,6 +182,22 @@ def test_size_of_a_dynamic_model(tmp_path):
     for given, size in ({}, 96), (dict(img_size=32), 32):
         model = load_model(None, checkpoint=tmp_path / 'a.pth', **given)[0]
         assert model.pretrained_cfg['input_size'] == (3, size, size)
+
+
+@pytest.mark.parametrize('saved, kwargs, given, messages', [
+    ('deit_tiny_patch16_224', {}, {}, ['Missing key(s) in state_dict: "fc_norm.weight", "fc_norm.bias", "norm_cls.weight"']),
+    (NAME, dict(img_size=64), {}, ['size mismatch for pos_embed', 'Size([1, 65, 24]) from checkpoint', 'model is torch.Size([1, 17, 24]).']),
+    (NAME, {}, dict(num_classes=12), ['size mismatch for head.weight', 'size mismatch for head.bias']),
+    (NAME, dict(depth=7), {}, ['Unexpected key(s) in state_dict: "blocks.6.norm1.weight"', '[...]']),
+    (NAME, dict(slow_tokens='similarity'), {}, ["The weights are of an Evo-DeiT with slow_tokens='similarity'"])])
+def test_files_that_do_not_fit(saved, kwargs, given, messages, tmp_path):
+    """One line with the first of the keys: nothing is dropped or resampled, since timm's scripts could not load it."""
+    model = build(saved, **{'depth': 6, **kwargs})
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        load_model(NAME, checkpoint=tmp_path / 'model.pth', **{**TINY, 'depth': 6, **given})
+    assert all(message in str(error.value) for message in ('model.pth does not fit the model', *messages))
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize('text, message', [

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 import timm_evovit
 from timm_evovit.hub import PUBLISHED
 from timm_evovit.tools.cli import main
-from timm_evovit.tools.convert import convert
 from timm_evovit.tools.load import read_weights
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2)
@@ -163,7 +162,6 @@ class Runs:
     (lambda f, ck: torch.save(list(ck.values()), f), 'no dict of tensors under model or state_dict, it holds a list'),
     (lambda f, ck: torch.save({'optimizer': {}, 'epoch': 3}, f), 'no dict of tensors under .* holds optimizer, epoch'),
     (lambda f, ck: torch.save({'model': {'a': 3}}, f), 'no dict of tensors under .* holds model'),
-    (lambda f, ck: None, 'is damaged or incomplete.*EOFError'),
     (lambda f, ck: f.write(b'no checkpoint at all'), 'is damaged or incomplete'),
 ])
 def test_what_is_no_checkpoint(deit, run, tmp_path, monkeypatch, write, message):
@@ -192,9 +190,6 @@ def test_half_a_checkpoint(deit, tmp_path):
 @pytest.mark.parametrize('name, kwargs, message', [
     ('evo_deit_tiny', dict(TINY, img_size=48), r'size mismatch for pos_embed'),
     ('evo_deit_tiny', dict(TINY, depth=11), r'Unexpected key.*blocks\.11'),
-    ('evo_deit_tiny', dict(TINY, in_chans=1), r'size mismatch for patch_embed\.proj\.weight'),
-    ('evo_deit_tiny', dict(TINY, num_classes=7), r'size mismatch for head\.weight'),
-    ('evo_deit_tiny', dict(TINY, global_pool='token'), r'Missing key.*"norm\.weight'),
     ('evo_levit_128s', TINY_LEVIT, 'size mismatch for cls_token'),
     ('deit_tiny_patch16_224', {}, "must be an Evo-DeiT or Evo-LeViT, got 'deit_tiny"),
     ('evo_deit_tiny', dict(TINY, keep_ratio=3), 'keep_ratio'),
@@ -253,19 +248,3 @@ def test_download(deit, run, tmp_path, monkeypatch):
     assert len(downloads) == 3
     monkeypatch.setitem(sys.modules, 'gdown', None)
     assert 'pip install gdown' in run('evo_deit_base_patch16_384', kwargs={})[1]
-
-
-def test_transformers_load_it(deit, levit, tmp_path, monkeypatch):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    transformers = pytest.importorskip('transformers', reason='TimmWrapper models are those of transformers')
-    for name, (model, path), kwargs in (('evo_deit_tiny', deit, TINY), ('evo_levit_128s', levit, TINY_LEVIT)):
-        images = torch.randn(2, 3, kwargs['img_size'], kwargs['img_size'])
-        convert(name, path, tmp_path / name, model_kwargs=kwargs)
-        wrapper = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / name).eval()
-        assert type(wrapper).__name__ == 'TimmWrapperForImageClassification' and wrapper.num_labels == 10
-        assert_same_weights(model, wrapper.timm_model)
-        with torch.no_grad():
-            torch.testing.assert_close(wrapper(images).logits, model(images))
-            backbone = transformers.AutoModel.from_pretrained(tmp_path / name).eval()
-            features = model.forward_head(model.forward_features(images), pre_logits=True)
-            torch.testing.assert_close(backbone(images).pooler_output, features)

@@ -4,7 +4,7 @@ import helpers
 import pytest
 import timm
 import torch
-from helpers import TINY_LEVIT, assert_same_weights, authors_names, own_indices, tiny
+from helpers import TINY_LEVIT, authors_names, own_indices, tiny
 from helpers import build_levit as build
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -271,20 +271,6 @@ def load(state_dict, num_classes=10, **kwargs):
     overlay = dict(state_dict=dict(state_dict), num_classes=10)
     kwargs = tiny(NAME, num_classes=num_classes, **kwargs)
     return timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
-
-
-@pytest.mark.parametrize('depth', [(4, 2, 2), (2, 3, 1)])
-def test_authors_names_load(depth):
-    model = build(depth=depth)
-    state = authors_names(model)
-    assert {
-        'blocks.0.m1.m.learn_tradeoff', 'blocks.1.m2.m.2.bn.running_var', 'patch_embed.6.c.weight', 'head_dist.l.bias',
-        f'blocks.{depth[0]}.poss', f'blocks.{depth[0] + 1}.m.0.c.weight', f'blocks.{depth[0]}.q.1.c.weight',
-    } <= set(state)
-    for source in (state, {'model': state}, model.state_dict()):
-        loaded = load(source, depth=depth)
-        assert_same_weights(loaded, model)
-        assert torch.equal(loaded(images()), model(images()))
 
 
 def test_checkpoints_adapt():

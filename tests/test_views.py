@@ -1,9 +1,7 @@
 """`evolve` gives another view of the same model, on the blocks that are there, whatever somebody has put into them."""
 import copy
 import functools
-import inspect
 import pickle
-import types
 
 import helpers
 import pytest
@@ -15,7 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from timm_evovit import evolve, find_slow_tokens
+from timm_evovit import evolve
 
 KINDS = {
     'vit': ('vit_base_patch16_224', {}),
@@ -53,20 +51,6 @@ def add_lora(model):
         setattr(block.attn, name, Lora(getattr(block.attn, name)))
 
 
-def replace_mlp(model):
-    model.blocks[2].mlp = nn.Identity()
-
-
-def patch_attention(model):
-    attn = model.blocks[3].attn
-    original = attn.forward
-
-    def forward(self, *args, **kwargs):
-        return 2 * original(*args, **kwargs)
-
-    attn.forward = types.MethodType(forward, attn)
-
-
 def hook_block(model):
     model.blocks[1].register_forward_hook(lambda module, args, output: 0.5 * output)
 
@@ -92,8 +76,7 @@ def wrap_blocks(model):
 
 
 @every_kind
-@pytest.mark.parametrize('change', [
-    add_lora, replace_mlp, patch_attention, hook_block, hook_block_by_accelerate, wrap_blocks])
+@pytest.mark.parametrize('change', [add_lora, hook_block, hook_block_by_accelerate, wrap_blocks])
 @torch.no_grad()
 def test_what_is_in_the_blocks_works_before_and_after(kind, change):
     """As in the dense model at keep ratio 1, and the same whether it was there before `evolve` or came after."""
@@ -111,14 +94,6 @@ def test_what_is_in_the_blocks_works_before_and_after(kind, change):
     for dense, evolved in ((before, first), (after, second)):
         evolved.set_keep_ratio(1)
         assert torch.equal(evolved(x), dense(x))
-
-
-@torch.no_grad()
-def test_hooks_see_slow_tokens():
-    dense, shapes = build_kind(), []
-    dense.blocks[4].attn.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
-    evolve(dense, (0.5, 0.25), (1, 3))(images_for(dense))
-    assert shapes == [(3, 1 + 4, 24)]
 
 
 # Two views of one model
@@ -151,11 +126,13 @@ def test_modes_and_checkpointing_are_shared():
     dense.reset_classifier(3, 'avg')
     assert evolved.num_classes == 3 and evolved.global_pool == 'avg'
     assert evolved(images_for(dense)).shape == (3, 3)
+    evolved.head = nn.Linear(24, 7)
+    assert evolved.get_classifier() is dense.head and dense(images_for(dense)).shape == (3, 7)
 
 
 @pytest.mark.parametrize('kind', ['vit', 'eva02'])
 @pytest.mark.parametrize('change', [
-    lambda m: m.reset_classifier(3, 'avg'), lambda m: m.set_input_size((48, 48))], ids=['classifier', 'size'])
+    lambda m: m.reset_classifier(3, 'avg'), lambda m: m.set_input_size((48, 32))], ids=['classifier', 'size'])
 def test_either_view_saves_what_the_other_has_changed(kind, change, tmp_path):
     for which in (0, 1):
         dense = build_kind(kind)
@@ -163,6 +140,7 @@ def test_either_view_saves_what_the_other_has_changed(kind, change, tmp_path):
             pytest.skip('this timm does not record changes')
         pair = dense, evolve(dense, 0.5)
         change(pair[which])
+        pair[1].set_keep_ratio(0.4)
         x = images(2, tuple(dense.patch_embed.img_size))
         for i, model in enumerate(pair):
             folder = tmp_path / f'{which}{i}'
@@ -179,16 +157,6 @@ def test_full_backward_hooks_are_shared():
     dense.register_full_backward_hook(lambda module, inputs, outputs: calls.append(module))
     evolved(images_for(dense)).sum().backward()
     assert calls == [evolved]
-
-
-def test_a_deep_copy_is_a_model_apart():
-    dense = build_kind()
-    x = images_for(dense)
-    evolved = evolve(copy.deepcopy(dense), 0.5).train()
-    with torch.no_grad():
-        expected = dense(x)
-        evolved.blocks[0].mlp.fc1.weight.zero_()
-        assert not dense.training and torch.equal(dense(x), expected)
 
 
 @every_kind
@@ -335,17 +303,6 @@ def test_bad_arguments_leave_the_model_alone(kwargs, error, message):
             assert evolved.keep_ratio == ratios and torch.equal(evolved(x), grouped)
 
 
-@torch.no_grad()
-def test_tiny_ratios():
-    """One patch is left."""
-    dense, ratio = build_kind(), 1e-13
-    evolved = evolve(dense, (ratio, ratio), (1, 3))
-    x = images_for(dense)
-    assert evolved(x).isfinite().all()
-    assert find_slow_tokens(evolved, x)[-1].groups.unique().numel() == 1
-    assert evolve(dense, ratio)(x).isfinite().all()
-
-
 # Masks
 
 @torch.no_grad()
@@ -365,6 +322,7 @@ def test_a_mask_of_keys_follows_the_patches():
     torch.testing.assert_close(evolved.forward_features(x, attn_mask=added.expand(-1, 3, -1, -1)), y)
     torch.testing.assert_close(evolved.forward_features(x, attn_mask=keys[:1]), y)
     torch.testing.assert_close(evolved(x, attn_mask=keys), evolved.forward_head(y))
+    torch.testing.assert_close(evolved.forward_intermediates(x, attn_mask=keys)[0], y)
 
 
 @torch.no_grad()
@@ -381,21 +339,6 @@ def test_a_weight_of_keys_is_summed_over_groups():
     assert not torch.allclose(z, y)
     evolved.set_keep_ratio(1)
     assert torch.equal(evolved.forward_features(x, attn_mask=some), evolved._evolved_from.forward_features(x, attn_mask=some))
-
-
-@pytest.mark.parametrize('kind', ['vit', 'eva02'])
-@torch.no_grad()
-def test_masks_of_intermediates_by_position(kind):
-    """Where timm has them: Eva has no output_dict before them."""
-    dense = build_kind(kind)
-    names = list(inspect.signature(dense.forward_intermediates).parameters)
-    if 'attn_mask' not in names:
-        pytest.skip('forward_intermediates of this timm takes no mask')
-    x, mask = images_for(dense), torch.ones(1, 1, 1, dense.pos_embed.shape[1], dtype=torch.bool)
-    mask[..., -3:] = False
-    args = x, [1, 3], False, False, False, 'NLC', True, *([False] * (names.index('attn_mask') - 7)), mask
-    for a, b in zip(evolve(dense, 1).forward_intermediates(*args), dense.forward_intermediates(*args), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize('mask, message', [
@@ -507,9 +450,7 @@ def identity(blocks):
 CHANGES = {
     'identity': identity,
     'the first four': lambda blocks: nn.Sequential(*list(blocks)[:4]),
-    'slice': lambda blocks: blocks[1:4],
     'append': lambda blocks: blocks.append(copy.deepcopy(blocks[0])),
-    'pop': lambda blocks: blocks.pop(2) and blocks,
     'list': lambda blocks: nn.ModuleList(blocks),
 }
 
@@ -542,23 +483,3 @@ def test_a_loop_over_the_blocks_is_the_dense_model():
     for block in evolved.blocks:
         y = block(y)
     assert torch.equal(evolved.norm(y), dense.forward_features(x))
-
-
-@torch.no_grad()
-def test_a_sequential_stem_loads_its_own_weights():
-    """Its keys, patch_embed.0 and so on, are like those of the authors' LeViT."""
-    class SequentialStem(nn.Sequential):
-        grid_size, num_patches, img_size, patch_size = (4, 4), 16, (32, 32), (8, 8)
-
-        def __init__(self, **kwargs):
-            super().__init__(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 24, 2, 2), nn.Flatten(2))
-
-        def forward(self, x):
-            return super().forward(x).transpose(1, 2)
-
-    dense = VisionTransformer(**helpers.TINY, depth=3, embed_layer=SequentialStem).eval()
-    evolved = evolve(dense, 0.5)
-    other = evolve(VisionTransformer(**helpers.TINY, depth=3, embed_layer=SequentialStem).eval(), 0.5)
-    other.load_state_dict(evolved.state_dict())
-    x = images()
-    assert torch.equal(other(x), evolved(x))
