@@ -8,8 +8,9 @@
     python benchmarks/speed.py --suite benchmarks/suites/cpu.txt --output benchmarks/results/speed-cpu.json
 
 A model is a name that timm knows; `FILE.py:FUNCTION`, the model that the function returns; `FILE.onnx`, run by ONNX
-Runtime; or `FILE.xml`, run by OpenVINO in float32. The baseline is the first model of --against, or the first of all. A suite is a file with the arguments of one
-run per line; each line is run in a process of its own, and all rows go to one result file.
+Runtime; or `FILE.xml`, run by OpenVINO in float32. The baseline is the first model of --against, or the first of all. A
+suite is a file with the arguments of one run per line; each line is run in a process of its own, and all rows go to one
+result file.
 
 On Linux the C library returns large buffers to the system after each batch, which distorts timings. To switch that off:
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000

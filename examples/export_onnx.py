@@ -6,11 +6,11 @@
     python examples/export_onnx.py local-dir:output/finetune/model --pretrained --int8 --calibrate flowers/validation
     python examples/export_onnx.py evo_deit_small_patch16_224 --pretrained --output model.xml
 
-The name of --output says for which runtime: `.onnx` for ONNX Runtime, `.xml` for OpenVINO. Files take any batch size, and
-any height and width if the model does, as with `--model-kwargs dynamic_img_size=True`. --int8 writes a second file,
-`*.int8.onnx` or `*.int8.xml`, whose matrix products by weights are in 8 bits: with --calibrate the ranges of activations
-are those of pictures in a folder, without it ONNX Runtime finds them for each batch. Metadata say how to prepare
-pictures and, where the model knows it, what its classes are called.
+The name of --output says for which runtime: `.onnx` for ONNX Runtime, `.xml` for OpenVINO. Files take any batch size,
+and any height and width if the model does, as with `--model-kwargs dynamic_img_size=True`. --int8 writes a second file,
+`*.int8.onnx` or `*.int8.xml`, with matrix products in 8 bits: with --calibrate the ranges of activations are those of
+pictures in a folder, without it ONNX Runtime finds them for each batch. Metadata say how to prepare pictures and, where
+the model knows it, what its classes are called.
 """
 import argparse
 import json
@@ -97,9 +97,10 @@ class OpenVino:
     def quantize(self, path, small, pictures, info):
         import nncf
         nncf.set_log_level(logging.ERROR)
-        model = nncf.quantize(  # without matching and grouping, the batched products outside of attention
+        model = nncf.quantize(
             self.core.read_model(path), nncf.Dataset(pictures.split(1), lambda x: x.numpy()), subset_size=len(pictures),
-            model_type=nncf.ModelType.TRANSFORMER, ignored_scope=nncf.IgnoredScope(patterns=['.*bmm.*'], validate=False))
+            model_type=nncf.ModelType.TRANSFORMER, ignored_scope=nncf.IgnoredScope(  # matching and grouping
+                patterns=['.*bmm.*'], validate=False))
         self.save(model, small, info)
 
     def save(self, model, path, info):
@@ -193,10 +194,11 @@ def main():
             {path: partial(run, images) for files in written for path, run, _ in files}, rounds=5, seconds=0.5)
         for files in zip(*written):
             for path, _, error in files:
+                name = path if path is files[0][0] else '  dense'
+                milliseconds = 1000 * statistics.median(times[path]) / args.batch_size
                 ratio = statistics.median(a / b for a, b in zip(times[files[-1][0]], times[path]))
-                print(
-                    f"{path if path is files[0][0] else '  dense'}: {1000 * min(times[path]) / args.batch_size:.1f} ms per "
-                    f'picture, {ratio:.2f} times as fast as dense, logits within {error:.1e} of PyTorch')
+                print(f'{name}: {milliseconds:.1f} ms per picture, {ratio:.2f} times as fast as dense, '
+                      f'logits within {error:.1e} of PyTorch')
     if written[0][0][2] > 1e-3:
         raise RuntimeError(f'{args.output}: its logits are not those of PyTorch, do not use it.')
 

@@ -1,4 +1,6 @@
 """Training steps of the distributed test, importable by the processes that it starts."""
+import tempfile
+
 import torch
 from helpers import FAMILIES, FEW_BLOCKS, build, images, layerwise_phase
 from timm import task
@@ -60,3 +62,17 @@ def train_rank(rank, folder):
             optimizer.zero_grad()
         torch.save((model.state_dict(), phases), f'{folder}/{"-".join(case)}-{rank}.pt')
     distributed.destroy_process_group()
+
+
+def call_on_rank(rank, function, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    torch.save(function(rank), f'{folder}/{rank}.pt')
+    distributed.destroy_process_group()
+
+
+def in_two_processes(function):
+    """What a function of the rank returns on each of two ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(call_on_rank, (function, folder), nprocs=2)
+        return [torch.load(f'{folder}/{rank}.pt') for rank in range(2)]

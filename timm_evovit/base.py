@@ -44,10 +44,11 @@ def check_ratios(name: str, value: Any, count: int, per: str, zero: bool = False
 
 def check_train_ratios(value: Any) -> Tuple[float, ...]:
     """One or more ratios in (0, 1], None for none."""
-    values = () if value is None else (value,) if is_number(value) else value
-    listed = isinstance(values, Sequence) and not isinstance(values, str) and (len(values) > 0 or value is None)
-    check(listed, 'train_keep_ratio', 'one or more numbers in (0, 1]', value, TypeError)
-    return check_ratios('train_keep_ratio', values, len(values), 'forward pass')
+    if value is None:
+        return ()
+    count = len(value) if isinstance(value, Sequence) else 1
+    check(count > 0, 'train_keep_ratio', 'None or one or more numbers in (0, 1]', value)
+    return check_ratios('train_keep_ratio', value, count, 'draw')
 
 
 def check_stages(stages: Any, depth: int, first: int) -> Tuple[int, ...]:
