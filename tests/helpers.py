@@ -1,5 +1,4 @@
 """What the tests share: small models, comparisons, and the authors' key names."""
-import argparse
 import functools
 import math
 import re
@@ -7,7 +6,6 @@ import re
 import pytest
 import timm
 import torch
-from timm.utils import ParseKwargs
 
 from timm_evovit import evolve
 
@@ -84,13 +82,6 @@ def images_for(model, n=3, seed=1):
 def own_indices(tokens):
     """Raster indices of the informative patches of every image, ascending."""
     return [mask.flatten().nonzero().flatten().tolist() for mask in tokens.mask]
-
-
-def from_command_line(*args):
-    """Model arguments as timm's scripts read them after --model-kwargs."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--model-kwargs', nargs='*', action=ParseKwargs)
-    return parser.parse_args(['--model-kwargs', *args]).model_kwargs
 
 
 # Comparisons

@@ -1,30 +1,20 @@
-"""Other libraries and parts of timm that take models as they are: compilation, attention maps, LoRA, OpenVINO."""
-import copy
-
+"""Other libraries and parts of timm that take models as they are: compilation, attention maps, OpenVINO."""
 import pytest
 import torch
-from helpers import FEW_BLOCKS, build, images_for
+from helpers import FEW_BLOCKS, MODELS, all_models, build, images_for
 from timm.layers import set_fused_attn
 from timm.utils import AttentionExtract
 
-from timm_evovit import evolve, find_slow_tokens
-
-KINDS = {
-    'deit': lambda seed=0: build('evo_deit_tiny', seed),
-    'levit': lambda seed=0: build('evo_levit_128s', seed),
-    'evolved': lambda seed=0: evolve(build('vit_base_patch16_224', seed, depth=6)),
-}
-every_kind = pytest.mark.parametrize('kind', KINDS)
-
+from timm_evovit import find_slow_tokens
 
 # Compilation
 
 @pytest.mark.slow
-@every_kind
+@all_models
 def test_compiled(kind):
     """Gradients; compiled code follows a change of the keep ratio, also back to what it was."""
     torch._dynamo.reset()
-    model = evolve(build('vit_base_patch16_224', depth=3)) if kind == 'evolved' else build(kind, depth=FEW_BLOCKS[kind])
+    model = MODELS[kind](depth=FEW_BLOCKS.get(kind, 3))
     x = images_for(model.train())
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
     gradients, outputs = [], []
@@ -67,59 +57,26 @@ def test_attention_extract(method, unfused):
     assert first.block == 2 and second.block == 4
 
 
-@pytest.mark.parametrize('kind, method, tokens', [
-    ('evolved', 'fx', (15, 15, 10, 10, 7, 7)), ('evolved', 'hook', (15, 15, 10, 10, 7, 7)),
-    ('levit', 'fx', (17, 17, 10, 10, 4, 4, 2, 2))])  # timm's LeViT has no module to hook
+@pytest.mark.parametrize('kind, depth, method, tokens', [
+    ('evolved', 6, 'fx', (15, 15, 10, 10, 7, 7)), ('evolved', 6, 'hook', (15, 15, 10, 10, 7, 7)),
+    ('levit', (4, 2, 2), 'fx', (17, 17, 10, 10, 4, 4, 2, 2))])  # timm's LeViT has no module to hook
 @torch.no_grad()
-def test_attention_extract_of_slow_tokens(kind, method, tokens, unfused):
+def test_attention_extract_of_slow_tokens(kind, depth, method, tokens, unfused):
     """With class and representative token, and with the sizes of groups in it."""
-    model = KINDS[kind]()
+    model = MODELS[kind](depth=depth)
     maps = AttentionExtract(model, method=method)(images_for(model)).values()
     for m, n in zip(maps, tokens, strict=True):
         assert m.shape[2:] == (n, n)
         torch.testing.assert_close(m.sum(dim=3), torch.ones(m.shape[:3]))
 
 
-# LoRA
-
-@every_kind
-@torch.no_grad()
-def test_lora(kind, tmp_path):
-    """Saved, loaded into a model with the same weights, and merged."""
-    peft = pytest.importorskip('peft', reason='peft is not installed')
-    model = KINDS[kind]()
-    x = images_for(model)
-    expected = model(x)
-    config = peft.LoraConfig(target_modules=['qkv.linear' if kind == 'levit' else 'qkv'], r=4)
-    tuned = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    torch.testing.assert_close(tuned(x), expected)  # as initialised, LoRA changes nothing
-    for key, p in tuned.named_parameters():
-        if 'lora_B' in key:
-            p.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
-    y = tuned(x)
-    assert not torch.allclose(y, expected, rtol=1e-2, atol=1e-2)
-    tuned.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
-    assert torch.equal(loaded(x), y)
-    with torch.enable_grad():
-        tuned.train()(x).square().sum().backward()
-    trained = {k: p.grad for k, p in tuned.named_parameters() if 'lora_B' in k}
-    assert len(trained) >= 6 and all(g.abs().sum() > 0 for g in trained.values())
-    merged = loaded.merge_and_unload()
-    assert type(merged) is type(model)
-    torch.testing.assert_close(merged(x), y, rtol=1e-4, atol=1e-4)
-    assert {type(m) for m in merged.modules()} == {type(m) for m in model.modules()}
-    merged.set_keep_ratio(0.25)
-    assert all(t.mask.float().mean() < 0.5 for t in find_slow_tokens(merged, x)[:1])
-
-
 # OpenVINO
 
 @pytest.mark.slow
-@every_kind
+@all_models
 def test_openvino(kind):
     openvino = pytest.importorskip('openvino', reason='openvino is not installed')
-    model = KINDS[kind]()
+    model = MODELS[kind]()
     converted = openvino.convert_model(model, example_input=images_for(model, 2))
     compiled = openvino.compile_model(converted, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     for batch in (2, 1, 5):

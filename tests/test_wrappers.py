@@ -1,20 +1,16 @@
 """What holds for every kind of model, alone, under hooks, sharding, vmap and attribution."""
 import copy
+import functools
 import warnings
 
 import pytest
 import torch
-from helpers import assert_same_weights, build, build_deit, build_levit, images, images_for
+from helpers import MODELS, all_models, assert_same_weights, build, build_deit, build_levit, images, images_for
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 from timm_evovit import evolve, find_slow_tokens
-
-MODELS = {
-    'deit': build_deit,
-    'levit': build_levit,
-    'evolved': lambda: evolve(build('vit_tiny_patch16_224')),
-}
-all_models = pytest.mark.parametrize('kind', MODELS)
 
 
 def blocks_of(model):
@@ -41,17 +37,22 @@ def test_images_do_not_depend_on_the_batch(kind, kwargs):
     *((kind, {}) for kind in MODELS), ('deit', dict(selection='layer', representative_token=True)),
     ('levit', dict(selection='layer', representative_token=False))])
 def test_grad_checkpointing_changes_nothing(kind, kwargs):
+    """By timm's method, and by PyTorch's wrapper around blocks."""
     gradients = []
-    for enable in (False, True):
+    for how in ('not', 'set_grad_checkpointing', 'checkpoint_wrapper'):
         model, runs = MODELS[kind](**kwargs).double().train(), []
-        model.set_grad_checkpointing(enable)
-        for block in blocks_of(model):
+        model.set_grad_checkpointing(how == 'set_grad_checkpointing')
+        own_blocks = blocks_of(model)
+        for block in own_blocks:
             block.register_forward_pre_hook(lambda block, args, runs=runs: runs.append(block))
+        for blocks in [s.blocks for s in model.stages] if kind == 'levit' else [model.blocks]:
+            for i in range(len(blocks)) if how == 'checkpoint_wrapper' else ():
+                blocks[i] = checkpoint_wrapper(blocks[i])
         torch.manual_seed(0)  # the same heads
         model(images_for(model)).square().sum().backward()
-        assert [runs.count(block) for block in blocks_of(model)] == [1 + enable] * len(blocks_of(model))
+        assert [runs.count(block) for block in own_blocks] == [1 if how == 'not' else 2] * len(own_blocks)
         gradients.append([p.grad for p in model.parameters()])
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(gradients[1:], [gradients[0]] * 2)
 
 
 @all_models
@@ -95,7 +96,9 @@ def test_nothing_is_left_behind(kind, tmp_path):
 @all_models
 @pytest.mark.parametrize('mode', [False, True])
 def test_hooks_get_tensors(kind, mode):
-    """Every module returns one tensor. Those outside a stage return complete tokens."""
+    """Every module that is called returns one tensor. All layers are called, so that others can take their place.
+    Modules outside a stage return complete tokens.
+    """
     model = MODELS[kind]().train(mode)
     model.set_keep_ratio(0.5)
     outputs = {}
@@ -104,6 +107,8 @@ def test_hooks_get_tensors(kind, mode):
     x = images_for(model, 3)
     model(x)
     assert all(torch.is_tensor(output) for output in outputs.values())
+    layers = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.LayerNorm))}
+    assert [name for name in layers - outputs.keys() if '_cls' not in name] == []
     if kind == 'levit':
         for i, stage in enumerate(model.stages):
             assert outputs[f'stages.{i}'].shape[:2] == (3, 1 + stage.grid_size[0] * stage.grid_size[1])
@@ -136,20 +141,20 @@ def test_vmap(kind):
 
 
 @pytest.fixture(scope='module')
-def mesh():
-    from torch.distributed import destroy_process_group, device_mesh, init_process_group
+def fully_shard():
+    """FSDP2 of a module, in a group of one process."""
+    from torch.distributed import destroy_process_group, device_mesh, fsdp, init_process_group
+    if not hasattr(fsdp, 'fully_shard'):
+        pytest.skip('this PyTorch has no fully_shard')
     init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield device_mesh.init_device_mesh('cpu', (1,))
+    yield functools.partial(fsdp.fully_shard, mesh=device_mesh.init_device_mesh('cpu', (1,)))
     destroy_process_group()
 
 
 @all_models
-@pytest.mark.parametrize('units', ['blocks', 'stages', 'everything'])
-def test_fully_shard(kind, units, mesh):
-    """FSDP2 around blocks, stages and the model: same result, gradients, no warning of views."""
-    fsdp = pytest.importorskip('torch.distributed.fsdp')
-    if not hasattr(fsdp, 'fully_shard'):
-        pytest.skip('this PyTorch has no fully_shard')
+@pytest.mark.parametrize('units', ['blocks', 'stages'])
+def test_fully_shard(kind, units, fully_shard):
+    """Around blocks, stages of LeViT and the model: same result, gradients, no warning of views."""
     model = MODELS[kind]()
     x = images_for(model, 3)
     expected = {}
@@ -157,15 +162,11 @@ def test_fully_shard(kind, units, mesh):
         for ratio in (0.5, 0.25):
             model.set_keep_ratio(ratio)
             expected[ratio] = model(x)
-    parts = []
-    if units in ('blocks', 'everything'):
-        parts += blocks_of(model)
-    if units in ('stages', 'everything') and kind == 'levit':
-        parts += list(model.stages)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*view.*')
-        for part in [*parts, model]:
-            fsdp.fully_shard(part, mesh=mesh)
+        for part in blocks_of(model) if units == 'blocks' else getattr(model, 'stages', ()):
+            fully_shard(part)
+        fully_shard(model)
         for ratio, y in expected.items():
             model.set_keep_ratio(ratio)
             torch.testing.assert_close(model(x).detach(), y)
@@ -173,15 +174,12 @@ def test_fully_shard(kind, units, mesh):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_sharded_model_evolves(mesh):
-    fsdp = pytest.importorskip('torch.distributed.fsdp')
-    if not hasattr(fsdp, 'fully_shard'):
-        pytest.skip('this PyTorch has no fully_shard')
+def test_a_sharded_model_evolves(fully_shard):
     dense = build('vit_tiny_patch16_224')
     x = images_for(dense)
     expected = evolve(build('vit_tiny_patch16_224'), 0.5)(x)
     for part in (*dense.blocks, dense):
-        fsdp.fully_shard(part, mesh=mesh)
+        fully_shard(part)
     torch.testing.assert_close(evolve(dense, 0.5)(x), expected)
 
 
@@ -221,43 +219,6 @@ def test_grad_cam(kind):
     if kind == 'evolved':  # 24 patches in 16 groups, which are no grid of 4 x 4
         with pytest.raises(RuntimeError, match='size of dim 1 .16.'):
             maps(model.blocks[4], layers[0][1], 0)
-
-
-@pytest.mark.slow
-@all_models
-def test_captum(kind):
-    captum = pytest.importorskip('captum.attr', reason='captum is not installed')
-    model, x, layers = attributed(kind)
-    layers = [*(layer for layer, _ in layers), blocks_of(model)[0], blocks_of(model)[-1].attn]
-    for layer in layers:  # blocks in a stage too: an attribution over the tokens that they see
-        activation = captum.LayerActivation(model, layer).attribute(x)
-        found = captum.LayerGradCam(model, layer).attribute(x, target=1)
-        assert len(found) == 2 and found.isfinite().all() and torch.is_tensor(activation)
-    conductance = captum.LayerConductance(model, layers[0]).attribute(x, target=1, n_steps=4)
-    assert conductance.abs().max() > 0
-    hooked = captum.LayerIntegratedGradients(model, layers[0]).attribute(x, target=1, n_steps=4)
-    assert hooked.abs().max() > 0
-
-
-@all_models
-def test_activation_checkpoint_wrapper(kind):
-    """PyTorch's own wrapper around blocks changes neither the output nor gradients."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-    model = MODELS[kind]().train()
-    x = images_for(model, 3)
-
-    def gradients():
-        torch.manual_seed(0)  # the same heads
-        return torch.autograd.grad(model(x).square().sum(), list(model.parameters()), allow_unused=True)
-
-    expected = gradients()
-    for blocks in [s.blocks for s in model.stages] if kind == 'levit' else [model.blocks]:
-        for i, block in enumerate(blocks):
-            blocks[i] = checkpoint_wrapper(block)
-    for g, e in zip(gradients(), expected):
-        assert (g is None) == (e is None)
-        if g is not None:
-            torch.testing.assert_close(g, e)
 
 
 def test_images_keep_their_layout_in_evaluation():
