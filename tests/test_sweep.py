@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import tarfile
 
@@ -14,7 +15,7 @@ import timm
 import torch
 from helpers import TINY, TINY_LEVIT, randomize
 from PIL import Image
-from programs import BENCHMARKS, TIMM_REPO, run, write_digits
+from programs import TIMM_REPO, run, write_digits
 from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
 from timm.layers import to_2tuple
 from timm.utils import accuracy
@@ -180,24 +181,6 @@ def test_interval_of_a_ratio_covers_it(n, p):
     assert 0.94 < covered <= 1
 
 
-def test_settings_take_turns():
-    calls = []
-
-    class Model(torch.nn.Module):
-        def set_keep_ratio(self, ratio):
-            self.ratio = ratio
-
-        def forward(self, x):
-            calls.append(self.ratio)
-            return x
-
-    model = Model()
-    settings = [sweep.Setting(model, ratio) for ratio in (1., 0.5)]
-    MEASURE_SPEED(settings, torch.zeros(4, 2), rounds=3, seconds=0)
-    assert calls == [1., 0.5, 0.5, 1.] + [1., 0.5, 0.5, 1., 1., 0.5]  # the first two of each: counted, warmed up
-    assert [len(s.seconds) for s in settings] == [3, 3]
-
-
 def test_speed_is_the_median_of_rounds():
     settings = [sweep.Setting(torch.nn.Identity(), ratio) for ratio in (1., 0.5)]
     for setting, seconds in zip(settings, ([4., 2., 2.], [1., 2., 1.])):
@@ -207,14 +190,9 @@ def test_speed_is_the_median_of_rounds():
     assert [row['speed_up'] for row in rows] == [1, 2] and rows[1]['speed_up_range'] == [1, 4]
 
 
-def test_mixed_precision(command, digits):
-    status, result, *_ = command('evo_deit_tiny', digits, '--amp-dtype', 'bfloat16')
-    model = classifier('evo_deit_tiny')
-    model.set_keep_ratio(1)
-    with torch.autocast('cpu', torch.bfloat16):
-        output, target = logits(model, digits / 'validation')
-    expected = accuracy(output.float(), target)[0].item()
-    assert status == 0 and result['rows'][0]['top1'] == pytest.approx(expected, abs=100 / 60 + 0.01)  # other batches
+def test_mixed_precision():
+    setting = sweep.Setting(classifier('evo_deit_tiny'), 1., 'bfloat16')
+    assert setting(torch.zeros(1, 3, 32, 32)).dtype == torch.bfloat16
 
 
 # data
@@ -257,9 +235,7 @@ def test_other_kinds_of_data(command, digits, tmp_path, kind):
 def test_a_class_map_gives_the_numbers(command, digits, tmp_path):
     some = tmp_path / 'some'
     for label in '37':
-        (some / label).mkdir(parents=True)
-        for path in (digits / 'validation' / label).iterdir():
-            (some / label / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(digits / 'validation' / label, some / label)
     (tmp_path / 'map.txt').write_text('\n'.join('0123456789'))
     status, result, *_ = command('evo_deit_tiny', some, '--class-map', tmp_path / 'map.txt')
     model = classifier('evo_deit_tiny')
@@ -271,11 +247,7 @@ def test_a_class_map_gives_the_numbers(command, digits, tmp_path):
 
 def test_pictures_that_cannot_be_read(command, digits, tmp_path):
     _, expected, *_ = command('evo_deit_tiny', digits, output='expected')
-    folder = tmp_path / 'damaged'
-    for path in (digits / 'validation').rglob('*.png'):
-        copy = folder / path.parent.name / path.name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
+    folder = shutil.copytree(digits / 'validation', tmp_path / 'damaged')
     (folder / '3' / 'text.png').write_text('no picture')
     Image.new('RGB', (50, 50), 'red').save(folder / '5' / 'cut.png')
     (folder / '5' / 'cut.png').write_bytes((folder / '5' / 'cut.png').read_bytes()[:60])
@@ -375,14 +347,13 @@ def test_what_it_prints_gives_the_accuracy_of_the_table(digits, tmp_path, capsys
         assert found['top1'] == pytest.approx(result['chosen']['top1'], abs=max(rounding, 1.7))  # its prefetcher rounds
 
 
-@pytest.mark.parametrize('close', [False, True])
-def test_plot(command, digits, tmp_path, close):
+def test_plot(command, digits, tmp_path):
     Text = pytest.importorskip('matplotlib.text', reason='the plot needs pip install matplotlib').Text  # noqa: N806
     _, result, *_ = command('vit_tiny_patch16_224', digits, '--max-drop', 100)
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['sweep.json', 'sweep.png']
     assert Image.open(tmp_path / 'out' / 'sweep.png').width > 600
-    rows = result['rows'] = [{**r, 'images_per_second': 100 + i} for i, r in enumerate(3 * result['rows'])] if close else result['rows']
-    rows[-1]['images_per_second'] *= 1 + 30 * close  # all others are at nearly the same place
+    rows = result['rows'] = [{**r, 'images_per_second': 100 + i} for i, r in enumerate(3 * result['rows'])]
+    rows[-1]['images_per_second'] *= 31  # all others are at nearly the same place
     result['chosen'] = rows[1]
     axis, = (figure := sweep.plot(result)).axes
     line = next(line for line in axis.lines if line.get_label() == 'keep ratio')
@@ -392,15 +363,6 @@ def test_plot(command, digits, tmp_path, close):
     boxes = [Text.get_window_extent(text) for text in (*axis.texts, axis.title)] + [axis.patch.get_window_extent()]
     assert [text.get_text() for text in axis.texts] == [f'{r["keep_ratio"]:g}' for r in rows]
     assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
-
-
-def test_documentation_shows_what_it_prints(command, digits, tmp_path):
-    _, _, out, _ = command('vit_tiny_patch16_224', digits, '--max-drop', 100)
-    page = tmp_path / 'page.md'
-    page.write_text('<!-- table: sweep -->\n<!-- end -->\n')
-    run(BENCHMARKS / 'report.py', page, '--results', tmp_path / 'out', cwd=tmp_path)
-    shown = page.read_text().partition('```text\n')[2].partition('\n```')[0]
-    assert shown in out and 'keep ratio' in shown and "For timm's scripts" in shown
 
 
 def test_without_matplotlib(command, digits, tmp_path, monkeypatch):
@@ -423,12 +385,8 @@ def test_without_matplotlib(command, digits, tmp_path, monkeypatch):
     (['--data-dir', 'damaged', '--no-labels'], 'None of the 1 pictures can be read'),
     (['--dataset', 'wds/some'], "--dataset must be torch/NAME or hfds/NAME, got 'wds/some'"),
     (['--keep-ratio', '0.5', '0'], 'keep_ratio must be in (0, 1], got 0'),
-    (['--keep-ratio', '1.5'], 'keep_ratio must be in (0, 1], got 1.5'),
-    (['--keep-ratio', 'nan'], 'keep_ratio must be in (0, 1], got nan'),
     (['--limit', '-1'], '--limit must be 1 or more'),
-    (['-b', '-1'], 'batch_size=-1'),
     (['--checkpoint', 'missing.pth'], 'missing.pth'),
-    (['--device', 'nothing'], 'nothing'),
     (['--output', 'map.txt'], "--output must be a folder to write to, got 'map.txt': Not a directory"),
     (['--output', 'map.txt/new'], "--output must be a folder to write to, got 'map.txt/new': Not a directory"),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
@@ -446,32 +404,10 @@ def test_bad_input(command, digits, tmp_path, monkeypatch, args, message):
     assert not list(tmp_path.glob('new/out/*')) and (tmp_path / 'map.txt').is_file()
 
 
-@pytest.mark.parametrize('name, kwargs, args, messages', [
-    ('deit_tiny_patch16_224', {}, [], ['Missing key(s) in state_dict: "fc_norm.weight", "fc_norm.bias", "norm_cls.weight"']),
-    ('evo_deit_tiny', dict(img_size=64), [], ['size mismatch for pos_embed', 'Size([1, 65, 24]) from checkpoint', 'model is torch.Size([1, 17, 24]).']),
-    ('evo_deit_tiny', {}, ['num_classes=12'], ['size mismatch for head.weight', 'size mismatch for head.bias']),
-    ('evo_deit_tiny', dict(depth=7), [], ['Unexpected key(s) in state_dict: "blocks.6.norm1.weight"', '[...]']),
-    ('evo_deit_tiny', dict(slow_tokens='similarity'), [], ["The weights are of an Evo-DeiT with slow_tokens='similarity'"])])
-def test_weights_that_do_not_fit(digits, tmp_path, capsys, name, kwargs, args, messages):
-    """One line with the first of the keys: nothing is dropped or resampled, since the printed lines could not load it."""
-    model = timm.create_model(name, **{**MODELS['evo_deit_tiny'], **kwargs})
-    torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
-    args = [*words('evo_deit_tiny'), *args, '--checkpoint', tmp_path / 'model.pth', '--data-dir', digits, '--output', tmp_path / 'out']
-    assert main(['sweep', *map(str, args)]) == 1
-    error = capsys.readouterr().err
-    assert 'model.pth does not fit the model' in error and len(error.splitlines()) == 1
-    assert all(message in error for message in messages), error
-    assert not (tmp_path / 'out').exists()
-
-
-@pytest.mark.parametrize('args, message', [
-    (['--model-kwargs', 'depth'], "must be KEY=VALUE, got 'depth'"),
-    (['--interpolation', 'smooth'], "invalid choice: 'smooth'"),
-    (['--keep-ratio', 'half'], "invalid float value: 'half'")])
-def test_options_that_cannot_be_parsed(capsys, args, message):
+def test_model_kwargs_without_a_value(capsys):
     with pytest.raises(SystemExit):
-        main(['sweep', 'evo_deit_tiny', '--data-dir', 'digits', '--output', 'out', *args])
-    assert message in capsys.readouterr().err
+        main(['sweep', 'evo_deit_tiny', '--data-dir', 'digits', '--output', 'out', '--model-kwargs', 'depth'])
+    assert "must be KEY=VALUE, got 'depth'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name, message', [
@@ -516,16 +452,12 @@ def test_interrupted_it_leaves_what_it_has_measured(command, digits, tmp_path, i
     assert {p.name for p in (tmp_path / 'out').iterdir()} <= {'sweep.json', 'sweep.png'}
 
 
-@pytest.mark.parametrize('call, counted, timed', [(0, 0, 0), (1, 1, 0), (8 + 3, 4, 3), (8 + 6, 4, 4)])
-def test_interrupted_while_it_takes_times(command, digits, tmp_path, interrupt, monkeypatch, call, counted, timed):
+def test_interrupted_while_it_takes_times(command, digits, interrupt, monkeypatch):
     """Each of four settings is called twice, to count and to warm up, before the rounds."""
     monkeypatch.setattr(sweep, 'measure_speed', functools.partial(MEASURE_SPEED, seconds=0))
-    interrupt(sweep.Setting, '__call__', call)
+    interrupt(sweep.Setting, '__call__', 8 + 3)
     status, result, out, err = command('evo_deit_tiny', digits, '--rounds', 3, output='new/out')
     assert status == 130 and err.splitlines()[-1] == 'timm-evovit: interrupted'
-    assert [p.name for p in tmp_path.glob('new/out/*')] == ['sweep.json'] * (counted > 0)
-    if counted:
-        assert [r['keep_ratio'] for r in result['rows'] if r['multiply_adds']] == RATIOS[:counted]
-        assert [r['keep_ratio'] for r in result['rows'] if r.get('images_per_second')] == RATIOS[:timed]
-        assert not result['complete'] and result['chosen'] is result['python'] is None
-        assert 'M multiply-adds' in out and ('speed-up' in out) == (timed > 0) and 'top-1' not in out
+    assert [r['keep_ratio'] for r in result['rows'] if r.get('images_per_second')] == RATIOS[:3]
+    assert not result['complete'] and result['chosen'] is result['python'] is None
+    assert 'M multiply-adds' in out and 'speed-up' in out and 'top-1' not in out

@@ -6,8 +6,6 @@ from helpers import FEW_BLOCKS, TINY, both_families, build, images_for, layerwis
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import timm_evovit.attention
-
 EPOCHS, LAYERWISE = 4, 2
 
 
@@ -64,20 +62,6 @@ def test_compiled_once_for_each_phase(family):
     assert counts == [1, 2, 3, 3]  # layer-wise; evaluation; stage-wise
 
 
-@pytest.fixture
-def layerwise(monkeypatch):
-    """Selections made in each forward pass of training."""
-    counts = []
-    split = timm_evovit.attention.split_tokens
-
-    def counting(*args):
-        counts[-1] += 1
-        return split(*args)
-
-    monkeypatch.setattr(timm_evovit.attention, 'split_tokens', counting)
-    return counts
-
-
 def dataset(n=8):
     return TensorDataset(torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 10)
 
@@ -88,7 +72,7 @@ def small_model():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('validation', [False, True])
-def test_lightning(layerwise, tmp_path, validation):
+def test_lightning(tmp_path, validation):
     lightning = pytest.importorskip('lightning', reason='lightning is not installed')
     phases = []
 
@@ -98,15 +82,12 @@ def test_lightning(layerwise, tmp_path, validation):
             self.model = small_model()
 
         def training_step(self, batch, index):
-            layerwise.append(0)
-            loss = F.cross_entropy(self.model(batch[0]), batch[1])
-            phases.append((self.current_epoch, layerwise[-1] > 2))
-            return loss
+            phases.append((self.current_epoch, layerwise_phase(self.model)))
+            return F.cross_entropy(self.model(batch[0]), batch[1])
 
         def validation_step(self, batch, index):
-            layerwise.append(0)
+            assert not layerwise_phase(self.model)
             self.model(batch[0])
-            assert layerwise[-1] == 2  # stage-wise
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=1e-3)
@@ -125,7 +106,7 @@ def test_lightning(layerwise, tmp_path, validation):
 
 
 @pytest.mark.slow
-def test_transformers(layerwise, tmp_path):
+def test_transformers(tmp_path):
     transformers = pytest.importorskip('transformers', reason='transformers is not installed')
     phases = []
 
@@ -135,12 +116,9 @@ def test_transformers(layerwise, tmp_path):
             self.model = small_model()
 
         def forward(self, pixel_values, labels=None):
-            layerwise.append(0)
             logits = self.model(pixel_values)
             if self.training:
-                phases.append(layerwise[-1] > 2)
-            else:
-                assert layerwise[-1] == 2
+                phases.append(layerwise_phase(self.model))
             return dict(loss=F.cross_entropy(logits, labels), logits=logits)
 
     class SetEpoch(transformers.TrainerCallback):
@@ -158,7 +136,7 @@ def test_transformers(layerwise, tmp_path):
 
 
 @pytest.mark.slow
-def test_accelerate(layerwise):
+def test_accelerate():
     accelerate = pytest.importorskip('accelerate', reason='accelerate is not installed')
     accelerator = accelerate.Accelerator(cpu=True)
     model = small_model()
@@ -169,9 +147,8 @@ def test_accelerate(layerwise):
         accelerator.unwrap_model(prepared).set_epoch(epoch)
         for x, y in loader:
             prepared.train()
-            layerwise.append(0)
+            phases.append(layerwise_phase(model))
             accelerator.backward(F.cross_entropy(prepared(x), y))
             optimizer.step()
             optimizer.zero_grad()
-            phases.append(layerwise[-1] > 2)
     assert phases == [epoch < LAYERWISE for epoch in range(EPOCHS) for _ in range(2)]
