@@ -2,12 +2,10 @@
 
 They are in timm's repository, not in its package: set TIMM_REPO to a checkout of it.
 """
-import ast
 import csv
 import importlib.util
 import json
 import re
-import sys
 
 import pytest
 import timm
@@ -20,10 +18,6 @@ from timm_evovit.tools.cli import main as timm_evovit
 RECIPES = EXAMPLES / 'recipes'
 SMALL = ['img_size=32', 'patch_size=4', 'embed_dim=48', 'num_heads=3', 'depth=6']
 SMALL_LEVIT = ['img_size=64', 'embed_dim=(16,24,32)', 'key_dim=8', 'num_heads=(2,3,4)', 'depth=(3,1,1)']
-
-
-def as_python(kwargs):
-    return {key: ast.literal_eval(value) for key, value in (kwarg.split('=') for kwarg in kwargs)}
 
 
 LEARN = [  # what makes such a model learn something in four epochs
@@ -98,44 +92,6 @@ def test_fine_tune_an_evolved_model(digits, tmp_path):
 
 @needs_timm_repo
 @pytest.mark.slow
-def test_train_the_papers_way_from_a_vit(few_digits, tmp_path):
-    """From the weights of any Vision Transformer of the same size, also by `pretrained_cfg_overlay`."""
-    vit = timm.create_model('vit_small_patch16_224', num_classes=5, **as_python(SMALL))
-    torch.save(vit.state_dict(), tmp_path / 'vit.pth')
-    run(TIMM_REPO / 'train.py', '--model', 'evo_deit_small_patch16_224', '--pretrained', '--pretrained-path',
-        tmp_path / 'vit.pth', '--model-kwargs', *SMALL, '--num-classes', 10, '--img-size', 32, '--data-dir', few_digits,
-        '--device', 'cpu', '--workers', 1, *LEARN, '--lr', 1e-9, '--epochs', 1, '--output', tmp_path, '--experiment',
-        'run', cwd=tmp_path)
-    model = timm.create_model(
-        'evo_deit_small_patch16_224', pretrained=True, num_classes=10,
-        pretrained_cfg_overlay=dict(file=str(tmp_path / 'vit.pth'), num_classes=5), **as_python(SMALL))
-    assert model.slow_tokens == 'attention' and model.global_pool == 'avg' and model.keep_ratio == (0.5, 0.5)
-    trained = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)['state_dict']
-    assert set(trained) == set(model.state_dict())
-    for weights in (trained, model.state_dict()):
-        assert len(weights['head.weight']) == len(weights['head_cls.weight']) == 10
-        for key, value in vit.state_dict().items():
-            if not key.startswith('head'):
-                for name in (f'fc_{key}', key.replace('norm', 'norm_cls')) if key.startswith('norm.') else (key,):
-                    torch.testing.assert_close(weights[name], value, msg=name)
-
-
-@needs_timm_repo
-@pytest.mark.slow
-def test_train_with_everything_on(few_digits, tmp_path):
-    """Mixed precision, accumulation, checkpointing, EMA, layer decay and mixup."""
-    run(TIMM_REPO / 'train.py', '--model', 'evo_deit_tiny_patch16_224', '--data-dir', few_digits, '-b', 16, '--device',
-        'cpu', '--workers', 1, '--lr', 1e-3, '--opt', 'adamw', '--warmup-epochs', 0, '--epochs', 2, '--model-kwargs',
-        *SMALL, 'layer_to_stage_epochs=1', '--num-classes', 10, '--img-size', 32, '--amp', '--amp-dtype', 'bfloat16',
-        '--grad-accum-steps', 2, '--grad-checkpointing', '--channels-last', '--model-ema', '--model-ema-decay', 0.9,
-        '--layer-decay', 0.8, '--mixup', 0.8, '--cutmix', 1.0, '--clip-grad', 1.0, '--output', tmp_path, '--experiment',
-        'run', cwd=tmp_path)
-    state = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)
-    assert state['state_dict']['epochs_started'] == state['state_dict_ema']['epochs_started'] == 2
-
-
-@needs_timm_repo
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ['evo_deit_tiny', 'evo_levit_128s', 'evo_vit'])
 def test_onnx_export(name, tmp_path):
     """timm's script has no --model-kwargs, so the models have their own size; it compares the file with PyTorch."""
@@ -162,22 +118,14 @@ def test_recipes_have_the_papers_figures():
 
 
 @needs_timm_repo
-@pytest.mark.parametrize('recipe', ['deit', 'levit'])
-def test_recipes_parse(recipe, monkeypatch):
-    """train.py takes any key of a recipe, so they are compared with its arguments; the command line overrides them."""
+def test_recipes_parse():
+    """train.py takes any key of a recipe, so they are compared with its arguments."""
     spec = importlib.util.spec_from_file_location('train', TIMM_REPO / 'train.py')
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
-    known = vars(train.parser.parse_args([]))
-    expected = yaml.safe_load((RECIPES / f'{recipe}.yaml').read_text())
-    assert expected.keys() <= known.keys()
-    argv = ['train.py', '--config', str(RECIPES / f'{recipe}.yaml'), '--model', 'evo_levit_384_384', '-b', '7']
-    monkeypatch.setattr(sys, 'argv', [*argv, '--drop-path', '0.3', '--model-kwargs', 'layer_to_stage_epochs=9'])
-    args = vars(train._parse_args()[0])
-    expected.update(
-        model='evo_levit_384_384', batch_size=7, drop_path=0.3, model_kwargs={'layer_to_stage_epochs': 9})
-    for key, value in expected.items():
-        assert args[key] == value and type(args[key]) is type(value)
+    for recipe in ('deit', 'levit'):
+        keys = yaml.safe_load((RECIPES / f'{recipe}.yaml').read_text()).keys()
+        assert keys <= vars(train.parser.parse_args([])).keys()
 
 
 @needs_timm_repo
@@ -185,7 +133,7 @@ def test_recipes_parse(recipe, monkeypatch):
 @pytest.mark.parametrize('recipe, name, kwargs', [
     ('deit', 'evo_deit_tiny_patch16_224', SMALL), ('levit', 'evo_levit_128s', SMALL_LEVIT)])
 def test_recipes_train(few_digits, tmp_path, recipe, name, kwargs):
-    """A small model, for two epochs; folding batch norms in validate.py changes nothing.
+    """A small model, for two epochs, with what else train.py can do; folding batch norms in validate.py changes nothing.
 
     m9 fails in a few images with Pillow 13, see the recipes.
     """
@@ -197,7 +145,8 @@ def test_recipes_train(few_digits, tmp_path, recipe, name, kwargs):
               '-b', 20, '--device', 'cpu', '--workers', 1, '--model-kwargs', *kwargs]
     run(TIMM_REPO / 'train.py', '--config', RECIPES / f'{recipe}.yaml', *common, 'layer_to_stage_epochs=1', *teacher,
         '--epochs', 2, '--warmup-epochs', 0, '--aug-repeats', 0, '--aa', 'rand-m7-mstd0.5-inc1', '--amp-dtype',
-        'bfloat16', '--output', tmp_path, '--experiment', 'run', cwd=tmp_path)
+        'bfloat16', '--grad-accum-steps', 2, '--grad-checkpointing', '--channels-last', '--layer-decay', 0.8,
+        '--output', tmp_path, '--experiment', 'run', cwd=tmp_path)
     args = yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())
     assert args['model'] == name and args['epochs'] == 2 and args['cutmix'] == 1
     checkpoint = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)

@@ -48,17 +48,6 @@ deit.set_assisted_training(True)
 deit.set_epoch(0)
 deit.set_keep_ratio(0.7)
 criterion(deit(images), target).backward()
-deit_args: Dict[str, Any] = deit.model_args
+arguments: Dict[str, Any] = deit.model_args
 deit.push_to_hf_hub('organisation/name', private=True)
-deit.set_grad_checkpointing()
-deit.reset_classifier(5)
-
-levit.set_assisted_training()
 levit.set_distilled_training(False)
-levit.set_epoch(0)
-levit.set_keep_ratio((0.7, 0.5, 0.5))
-criterion(levit(images), target).backward()
-levit_args: Dict[str, Any] = levit.model_args
-levit.push_to_hf_hub('organisation/name')
-for selection in levit.forward_slow_tokens(images):
-    print(selection.block, selection.mask.shape)
