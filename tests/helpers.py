@@ -67,6 +67,12 @@ MODELS = {
 all_models = pytest.mark.parametrize('kind', MODELS)
 
 
+def load(source, name=FAMILIES['deit'], **kwargs):
+    """A small model with the weights of a source, such as dict(file=...), of ten classes, as timm loads them."""
+    overlay = dict(source, num_classes=10)
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **tiny(name, **kwargs)).eval()
+
+
 def images(n=2, size=32, chans=3, seed=1):
     """Images (n, chans, H, W); size is a side or (H, W)."""
     size = (size, size) if isinstance(size, int) else size

@@ -5,19 +5,13 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import FAMILIES, TINY, assert_same_weights, authors_names, build, build_deit, images, tiny
+from helpers import FAMILIES, TINY, assert_same_weights, authors_names, build, build_deit, images, load, tiny
 
 from timm_evovit import evolve
 from timm_evovit.checkpoints import BY_SIMILARITY
 from timm_evovit.tools.load import load_model
 
 NAME = FAMILIES['deit']
-
-
-def load(source, **kwargs):
-    overlay = dict(source, num_classes=10)
-    return timm.create_model(
-        NAME, pretrained=True, pretrained_cfg_overlay=overlay, **{**TINY, **kwargs}).eval()
 
 
 @pytest.mark.parametrize('family, kwargs, some', [
@@ -34,8 +28,7 @@ def test_authors_names(family, kwargs, some, tmp_path):
     torch.save({'model': weights, 'args': Namespace(lr=1)}, path)
     for source in (dict(state_dict=dict(weights)), dict(state_dict={'model': weights}), dict(file=path),
                    dict(state_dict=model.state_dict())):
-        overlay = dict(source, num_classes=10)
-        assert_same_weights(timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs), model)
+        assert_same_weights(load(source, name, **kwargs), model)
     assert_same_weights(timm.create_model(name, checkpoint_path=path, **kwargs), model)
     other = timm.create_model(name, **kwargs)
     timm.models.load_checkpoint(other, path, use_ema=False)
@@ -114,24 +107,26 @@ def test_the_class_token_branch_is_dropped_where_there_is_none():
     plain = load(source, assisted_cls=False)
     assert torch.equal(plain(images()), model(images()))
     assert not [k for k in plain.state_dict() if 'cls.' in k]
-    backbone = timm.create_model(
-        NAME, pretrained=True, pretrained_cfg_overlay=dict(source, num_classes=10), features_only=True,
-        **{**TINY, 'num_classes': 0})
+    backbone = load(source, features_only=True, num_classes=0)
     assert [y.shape for y in backbone(images())] == [(2, 24, 4, 4)] * 3
 
 
-@pytest.mark.parametrize('damage, message', [
-    (lambda sd: sd.pop('blocks.3.mlp.fc1.weight'), r'Missing key.*blocks\.3\.mlp\.fc1\.weight'),
-    (lambda sd: sd.pop('vs.5.v.bias'), r'qks\.5\.qk\.bias but not vs\.5\.v\.bias'),
-    (lambda sd: sd.pop('norm_cls.weight'), r'Missing key.*norm_cls\.weight'),
-    (lambda sd: sd.update(surplus=torch.zeros(1)), 'Unexpected key.*surplus'),
-    (lambda sd: sd.update({'head_cls.weight': torch.ones(7, 24)}), r'size mismatch for head_cls\.weight'),
+@pytest.mark.parametrize('family, damage, message', [
+    ('deit', lambda sd: sd.pop('blocks.3.mlp.fc1.weight'), r'Missing key.*blocks\.3\.mlp\.fc1\.weight'),
+    ('deit', lambda sd: sd.pop('vs.5.v.bias'), r'qks\.5\.qk\.bias but not vs\.5\.v\.bias'),
+    ('deit', lambda sd: sd.pop('norm_cls.weight'), r'Missing key.*norm_cls\.weight'),
+    ('deit', lambda sd: sd.update(surplus=torch.zeros(1)), 'Unexpected key.*surplus'),
+    ('deit', lambda sd: sd.update({'head_cls.weight': torch.ones(7, 24)}), r'size mismatch for head_cls\.weight'),
+    ('levit', lambda sd: sd.update(poss=torch.zeros(1, 13, 16)), 'size mismatch for pos_embed'),
+    ('levit', lambda sd: sd.pop('poss'), 'Missing key.*pos_embed'),
+    ('levit', lambda sd: [sd.pop(k) for k in [*sd] if k.endswith('learn_tradeoff')], 'Missing key.*tradeoff'),
+    ('levit', lambda sd: sd.update(attention_biases=torch.zeros(1)), 'attention_biases.*class token'),  # timm's LeViT
 ])
-def test_what_does_not_fit_is_named(damage, message):
-    authors = authors_names(build_deit())
+def test_what_does_not_fit_is_named(family, damage, message):
+    authors = authors_names(build(family))
     damage(authors)
     with pytest.raises((RuntimeError, ValueError), match=message):
-        load(dict(state_dict=authors))
+        load(dict(state_dict=authors), FAMILIES[family])
 
 
 def test_weights_by_similarity_are_assigned_to_a_model_on_meta():
