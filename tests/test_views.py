@@ -18,7 +18,6 @@ from timm_evovit import evolve
 KINDS = {
     'vit': ('vit_base_patch16_224', {}),
     'eva02': ('eva02_base_patch14_224', {}),
-    'eva with separate biases': ('eva_large_patch14_196', {}),
     'dinov3': ('vit_small_plus_patch16_dinov3', dict(init_values=0.5)),
     'naflexvit': ('naflexvit_base_patch16_gap', {}),
 }
@@ -27,10 +26,7 @@ every_kind = pytest.mark.parametrize('kind', KINDS)
 
 def build_kind(kind='vit', **kwargs):
     name, config = KINDS[kind]
-    model = build(name, depth=6, **config, **kwargs)
-    for block in model.blocks if 'separate' in kind else ():
-        block.attn.qkv_bias_separate = True
-    return model
+    return build(name, depth=6, **config, **kwargs)
 
 
 # What somebody else has put into the blocks
