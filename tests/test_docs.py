@@ -111,6 +111,11 @@ def checkout(tmp_path_factory):
     (folder / 'photos').mkdir()
     for i, path in enumerate(sorted(folder.glob('flowers/test/*/*.png'))[:8]):
         Image.open(path).save(folder / 'photos' / f'{i}.jpg')
+    (folder / 'pictures').mkdir()  # without classes
+    for i, path in enumerate(sorted(folder.glob('flowers/train/*/*.png'))[:40]):
+        shutil.copy(path, folder / 'pictures' / f'{i}.png')
+    timm.models.save_for_hf(
+        timm.create_model('vit_tiny_patch16_224', depth=2, num_classes=102), folder / 'my_vit', model_args=dict(depth=2))
     weights = timm.create_model('evo_deit_small').state_dict()
     torch.save({'model': weights}, folder / 'checkpoint.pth')
     return folder
@@ -147,8 +152,8 @@ def test_commands_run(page, checkout):
             continue
         if 'output/quickstart' in line and not (checkout / 'output' / 'quickstart').exists():
             run(EXAMPLES / 'quickstart.py', '--epochs', 1, cwd=checkout)
-        checkpoint = checkout / 'output/train/RUN/model_best.pth.tar'
         if '--checkpoint output/train/RUN' in line and not timms:
+            checkpoint = checkout / words[words.index('--checkpoint') + 1]
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             torch.save({'state_dict': timm.create_model('evo_deit_small', num_classes=10).state_dict()}, checkpoint)
             checkpoint.with_name('args.yaml').write_text('model: evo_deit_small')
