@@ -427,23 +427,20 @@ def test_a_label_that_the_model_does_not_have(label):
         sweep.sweep(settings, [(batch, torch.tensor([3, label]), ['', ''])], batch, True, 0.5, rounds=1)
 
 
-@pytest.fixture
-def interrupt(monkeypatch):
+def interrupt(monkeypatch, cls, name, n):
     """Ctrl-C at the nth call of a method."""
-    def interrupt(cls, name, n):
-        calls, method = iter(range(10000)), getattr(cls, name)
+    calls, method = iter(range(10000)), getattr(cls, name)
 
-        def stop(*args):
-            if next(calls) == n:
-                raise KeyboardInterrupt
-            return method(*args)
+    def stop(*args):
+        if next(calls) == n:
+            raise KeyboardInterrupt
+        return method(*args)
 
-        monkeypatch.setattr(cls, name, stop)
-    return interrupt
+    monkeypatch.setattr(cls, name, stop)
 
 
-def test_interrupted_it_leaves_what_it_has_measured(command, digits, tmp_path, interrupt):
-    interrupt(sweep.Pictures, '__getitem__', 40)
+def test_interrupted_it_leaves_what_it_has_measured(command, digits, tmp_path, monkeypatch):
+    interrupt(monkeypatch, sweep.Pictures, '__getitem__', 40)
     status, result, out, err = command('evo_deit_tiny', digits)
     assert status == 130 and err.splitlines()[-1] == 'timm-evovit: interrupted' and '32 of 60 pictures' in out
     assert result['images'] == 32 and not result['complete'] and len(result['rows']) == 4
@@ -452,10 +449,10 @@ def test_interrupted_it_leaves_what_it_has_measured(command, digits, tmp_path, i
     assert {p.name for p in (tmp_path / 'out').iterdir()} <= {'sweep.json', 'sweep.png'}
 
 
-def test_interrupted_while_it_takes_times(command, digits, interrupt, monkeypatch):
+def test_interrupted_while_it_takes_times(command, digits, monkeypatch):
     """Each of four settings is called twice, to count and to warm up, before the rounds."""
     monkeypatch.setattr(sweep, 'measure_speed', functools.partial(MEASURE_SPEED, seconds=0))
-    interrupt(sweep.Setting, '__call__', 8 + 3)
+    interrupt(monkeypatch, sweep.Setting, '__call__', 8 + 3)
     status, result, out, err = command('evo_deit_tiny', digits, '--rounds', 3, output='new/out')
     assert status == 130 and err.splitlines()[-1] == 'timm-evovit: interrupted'
     assert [r['keep_ratio'] for r in result['rows'] if r.get('images_per_second')] == RATIOS[:3]

@@ -7,7 +7,7 @@ from PIL import Image
 
 from timm_evovit.slow_tokens import SlowTokens
 from timm_evovit.tools.cli import main
-from timm_evovit.tools.visualize import draw, find_images, sheet, visualize
+from timm_evovit.tools.visualize import draw, find_images, visualize
 
 GAP, TOP, SIDE = 8, 26, 224  # space around a panel, where its picture begins, its smaller side
 DEIT = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2, depth=6)
@@ -96,10 +96,6 @@ def test_attention_by_rank():
 
 def test_a_long_caption_fits():
     assert draw(torch.rand(3, 8, 8), [], False, 'a line that is longer than the picture ' * 5).width > 1000
-
-
-def test_sheet():
-    assert sheet([Image.new('RGB', (3, 4)), Image.new('RGB', (5, 6))]).size == (5, 10)
 
 
 @pytest.mark.parametrize('name, kwargs, selections, width', [
