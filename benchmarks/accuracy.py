@@ -11,7 +11,7 @@ variant and seed in --output are written anew; started again, it goes on at the 
 finished alone. `time` measures training and inference in turns with the first variant: run it when the machine has
 nothing else to do. `report.py --accuracy` prints tables of both.
 
-A variant is one of those below, `@RATIO` appended for another keep ratio than 0.5, such as `evo-stage@0.7`:
+A variant is one of those below, `@RATIO` appended for another keep ratio, such as `evo-stage@0.7`:
 """
 import argparse
 import base64
@@ -274,9 +274,6 @@ def train_one(variant: str, seed: int, data: Dict[str, Data], args: argparse.Nam
         report['validation_loss'].append(loss)
         report['finished'] = epoch + 1 == args.epochs
         report['predictions'] = pack(predictions, num_classes)
-        with harness.whole(checkpoint) as partial:
-            torch.save(
-                {'model': model.state_dict(), 'optimizer': trainer.optimizer.state_dict(), 'report': report}, partial)
         others = {*getattr(model, 'train_keep_ratio', ())} - {VARIANTS[split_variant(variant)[0]][1].get('keep_ratio')}
         for ratio in others if report['finished'] and '@' not in variant else ():
             model.set_keep_ratio(ratio)
@@ -286,6 +283,9 @@ def train_one(variant: str, seed: int, data: Dict[str, Data], args: argparse.Nam
                 **report, 'variant': name, 'top1': [top1_at_ratio], 'validation_loss': [loss],
                 'predictions': pack(predictions, num_classes)})
         harness.write(path, report)
+        with harness.whole(checkpoint) as partial:
+            torch.save(
+                {'model': model.state_dict(), 'optimizer': trainer.optimizer.state_dict(), 'report': report}, partial)
         print(f'{variant}, seed {seed}, epoch {epoch + 1}/{args.epochs}: {top1:.2f} %', flush=True)
 
 

@@ -50,6 +50,11 @@ TOP1 = {  # ImageNet-1k in the papers; LeViT's of 1000 epochs, Evo-LeViT's of 30
     'levit_128s': 76.6, 'levit_128': 78.6, 'levit_192': 80.0, 'levit_256': 81.6, 'levit_384': 82.6,
 }
 TIMED = ('family', 'epochs', 'batch_size', 'img_size', 'patch_size', 'width', 'depth', 'heads', 'amp', 'no_fused_attn')
+LINES = {  # of the plot of accuracy.py, by what they are called
+    'similarity, trained at each keep ratio': ('dense', *(f'evo-similarity@{r}' for r in (0.4, 0.3, 0.2))),
+    'similarity, one model for all': tuple(f'evo-elastic{r}' for r in ('@1', '@0.7', '@0.5', '', '@0.3')),
+    'dense, smaller models and pictures': ('dense', 'dense-24-pixels', 'dense-4-blocks'),
+    "class attention, the paper's": ('evo-stage@1', 'evo-stage@0.7', 'evo-stage')}
 Row = Dict[str, Any]
 
 
@@ -253,13 +258,13 @@ def compare(rows: List[Row]) -> Dict[str, Dict[str, Row]]:
     Raises:
         ValueError: The runs of a seed were validated on different pictures.
     """
-    timings = [row['of'] for row in rows if 'seconds_per_image' in row['of']]
+    timings = sorted((row['of'] for row in rows if 'seconds_per_image' in row['of']), key=lambda t: t['date'])[::-1]
     runs = [{**row['of'], 'title': title(row)} for row in rows if row['of'].get('finished')]
     runs.sort(key=lambda run: (run['variant'] not in ('dense', 'levit'), run['variant'], run['seed']))
     comparisons: Dict[str, Dict[str, Row]] = {}
     for name, of_title in grouped(runs, 'title').items():
         c, variants = of_title[0]['configuration'], grouped(of_title, 'variant')
-        timing = next((t for t in timings if all(t['configuration'][k] == c[k] for k in TIMED)), {})
+        fitting = [t for t in timings if all(t['configuration'][k] == c[k] for k in TIMED)]
         baselines = {run['seed']: run for run in next(iter(variants.values()))}
         comparisons[name] = {}
         for variant, of in variants.items():
@@ -268,6 +273,7 @@ def compare(rows: List[Row]) -> Dict[str, Dict[str, Row]]:
                 raise ValueError(f'{variant} and the dense model were validated on different pictures')
             differences = [run['top1'][-1] - dense['top1'][-1] for run, dense in pairs]
             by_image = np.mean([right(run) - right(dense) for run, dense in pairs], axis=0) if pairs else ()
+            timing = next((t for t in fitting if variant in t['seconds_per_image']), {})
             comparisons[name][variant] = {
                 'runs': of, 'top1': [run['top1'][-1] for run in of], 'differences': differences,
                 'over_seeds': interval(differences), 'over_images': interval(by_image), 'timed': timed(timing, variant)}
@@ -304,22 +310,18 @@ def accuracy_speed_table(rows: List[Row]) -> str:
 
 
 def accuracy_plot(rows: List[Row]) -> plt.Figure:
+    """Top-1 of small models against their speed in inference, the mean of the seeds and each of them."""
     (variants,) = compare(rows).values()
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.8), layout='constrained')
-    axes[0].set(xlabel='epoch', ylabel='top-1 (%)', title='top-1 by epoch\n(mean of the seeds)')
-    for axis, what in zip(axes[1:], ('training', 'inference')):
-        axis.set(xlabel=f'{what}, times as fast as dense', ylabel='top-1 (%)',
-                 title=f'top-1 against {what} speed\n(small: one seed)')
-    for i, (variant, v) in enumerate(variants.items()):
-        curve = np.mean([run['top1'] for run in v['runs']], axis=0)
-        axes[0].plot(np.arange(1, len(curve) + 1), curve, color=f'C{i}', label=variant)
-        for axis, what in zip(axes[1:], ('train', 'inference')):
-            speed = v['timed'][what]['speed_up']
-            axis.plot([speed] * len(v['top1']), v['top1'], '.', color=f'C{i}', alpha=0.5)
-            axis.plot(speed, statistics.mean(v['top1']), 'os^Dv<>p'[i % 8], ms=8, color=f'C{i}')
-    axes[0].legend(frameon=False, loc='lower right', fontsize='small', labelspacing=0.2)
-    for axis in axes:
-        axis.grid(alpha=0.3)
+    figure, axis = plt.subplots(figsize=(7.2, 4.2), layout='constrained')
+    for (label, names), marker, line in zip(LINES.items(), 'osD^', ('-', '--', ':', '-.')):
+        found = [variants[name] for name in names if variants.get(name, {}).get('timed')]
+        points = sorted((v['timed']['inference']['speed_up'], statistics.mean(v['top1'])) for v in found)
+        axis.plot(*zip(*points), marker=marker, ls=line, ms=8, label=label)
+        for v in found:
+            axis.plot([v['timed']['inference']['speed_up']] * len(v['top1']), v['top1'], 'k.', ms=3)
+    axis.set(xlabel='times as fast as dense in inference, measured', ylabel='top-1 on CIFAR-10 (%)')
+    axis.grid(alpha=0.3)
+    figure.legend(handlelength=4, frameon=False, loc='outside upper center', ncols=2)
     return figure
 
 

@@ -182,10 +182,10 @@ def test_figures_in_the_readme():
     """Those in its sentences. test_benchmarks.py compares tables with the results."""
     rows = report.read(report.RESULTS, 'accuracy/', img_size='32', epochs='25')
     variants = report.compare(rows)[report.title({**rows[0], 'amp': 'bfloat16', 'no_fused_attn': True})]
-    best, stage = variants['evo-similarity@0.4'], variants['evo-stage']
+    best, stage = variants['evo-4-stages@0.4'], variants['evo-stage']
     low, high = best['over_seeds']
     (float32,) = (row['of'] for row in rows if not row['amp'])
-    speed = [r[what]['speed_up'] for r in (best['timed'], report.timed(float32, 'evo-similarity@0.4')) for what in r]
+    speed = [r[what]['speed_up'] for r in (best['timed'], report.timed(float32, 'evo-4-stages@0.4')) for what in r]
     figures = [
         f"{-statistics.mean(best['differences']):.2f} points below the dense model", f'interval {-low:.2f} below',
         f'to {high:.2f} above', f"{-statistics.mean(stage['differences']):.1f} points below",

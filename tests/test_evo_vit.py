@@ -260,11 +260,13 @@ def test_patch_dropout(name):
 
 
 def test_pruning_leaves_the_series_of_ratios():
-    model = evolve(build_dense(depth=12), 0.5)
-    ratios = model.keep_ratio
-    model.prune_intermediate_layers([4])
-    model.set_keep_ratio(0.5)
-    assert model.keep_ratio == ratios[:3] and len(model.blocks) == 5
+    for prune_dense in (False, True):
+        dense = build_dense(depth=12)
+        model = evolve(dense, 0.5)
+        ratios = model.keep_ratio
+        (dense if prune_dense else model).prune_intermediate_layers([4])
+        model.set_keep_ratio(0.5)
+        assert model.keep_ratio == ratios[:3] and len(model.blocks) == 5
 
 
 def test_an_empty_batch_of_grouped_keys():

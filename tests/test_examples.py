@@ -58,19 +58,17 @@ def test_finetune_and_export_what_train_py_has_left(digits, tmp_path, trained):
     assert model.keep_ratio == ((0.5, 0.5) if name.startswith('evo') else evolve(timm.create_model(name, depth=6)).keep_ratio)
     weights = torch.load(tmp_path / 'last.pth.tar', weights_only=True)['state_dict']
     torch.testing.assert_close(model.state_dict()['blocks.5.mlp.fc2.weight'], weights['blocks.5.mlp.fc2.weight'])
-    names = [str(i) for i in range(10)]
-    for source, size, labels in (options, 32, None), ([f'local-dir:{tmp_path / "out" / "model"}', '--pretrained'], 48, names):
-        run(EXAMPLES / 'export_onnx.py', *source, '--int8', '--output', tmp_path / 'm.onnx', cwd=tmp_path)
-        for path in (tmp_path / 'm.onnx', tmp_path / 'm.int8.onnx'):
-            meta = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
-            assert json.loads(meta['input_size']) == [1, size, size] and meta['interpolation'] == 'bicubic'
-            assert json.loads(meta['mean']) == [0.4] and json.loads(meta['crop_pct']) == 0.7 and 'std' in meta
-            assert json.loads(meta.get('label_names', 'null')) == labels
-    (tmp_path / 'args.yaml').unlink()
-    for program in ('finetune.py', 'export_onnx.py'):
-        more = ['--data-dir', digits, '--batch-size', 16, '--model'] if program == 'finetune.py' else []
-        log = run(EXAMPLES / program, *options, *more, name, cwd=tmp_path, fails=True)
-        assert 'last.pth.tar does not fit the model' in log and 'Traceback' not in log and len(log.splitlines()[-1]) < 500
+    if name.startswith('evo'):  # exports take long: of the one what train.py has left, of the other what finetune.py has
+        source, size, labels = options, 32, None
+    else:
+        source, size = [f'local-dir:{tmp_path / "out" / "model"}', '--pretrained'], 48
+        labels = [str(i) for i in range(10)]
+    run(EXAMPLES / 'export_onnx.py', *source, '--int8', '--output', tmp_path / 'm.onnx', cwd=tmp_path)
+    for path in (tmp_path / 'm.onnx', tmp_path / 'm.int8.onnx'):
+        meta = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+        assert json.loads(meta['input_size']) == [1, size, size] and meta['interpolation'] == 'bicubic'
+        assert json.loads(meta['mean']) == [0.4] and json.loads(meta['crop_pct']) == 0.7 and 'std' in meta
+        assert json.loads(meta.get('label_names', 'null')) == labels
 
 
 @pytest.mark.slow
@@ -109,8 +107,8 @@ def test_export_onnx(digits, tmp_path, name, kwargs):
     """The files give the logits of PyTorch, in 8 bits with ranges of pictures about so; the dense model is beside them."""
     file = tmp_path / 'onnx' / 'model.onnx'
     log = run(EXAMPLES / 'export_onnx.py', name, '--model-kwargs', 'num_classes=10', *kwargs, '--int8', '--calibrate', digits,
-              '--num-pictures', 16, '--output', file, cwd=tmp_path)
-    errors = [float(e) for e in re.findall(r'(?:onnx|dense): .* times as fast as dense, logits within (\S+) of PyTorch', log)]
+              '--num-pictures', 5, '--output', file, cwd=tmp_path)
+    errors = [float(e) for e in re.findall(r'(?:onnx|ratio 1): .* ms per picture, logits within (\S+) of PyTorch', log)]
     assert len(errors) == 4 and max(errors[:2]) < 1e-4 < min(errors[2:]) and max(errors[2:]) < 0.3
     size = int(kwargs[0].partition('=')[2])
     for path in (file, file.with_suffix('.int8.onnx')):

@@ -219,6 +219,19 @@ class PastSuper(VisionTransformer):
         return self.forward_head(VisionTransformer.forward_features(self, x))
 
 
+class LoopInMethod(VisionTransformer):
+    def forward(self, x):
+        return self.encode(x)
+
+    def encode(self, x):
+        return self.blocks(x)
+
+
+class OwnEmbed(VisionTransformer):
+    def _embed(self, x):
+        return x
+
+
 class ByHelper(VisionTransformer):
     """Evolves: it reaches ours through a method and a comprehension."""
 
@@ -246,6 +259,12 @@ def with_forward():
     return model
 
 
+def with_attribute():
+    model = build_kind()
+    model.keep_ratio = 0.5
+    return model
+
+
 def with_other_blocks():
     model = build_kind()
     model.blocks = nn.Identity()
@@ -255,9 +274,12 @@ def with_other_blocks():
 @pytest.mark.parametrize('model, message', [
     (with_forward, 'attribute forward that replaces'),
     (with_other_blocks, 'blocks must be an nn.Sequential or nn.ModuleList, got Identity'),
-    (lambda: WithoutSuper(**helpers.TINY), r'WithoutSuper.forward_features must reach that of VisionTransformer by super'),
-    (lambda: OwnLoop(**helpers.TINY), 'OwnLoop.forward_features must reach .*, and not the blocks'),
-    (lambda: PastSuper(**helpers.TINY), 'PastSuper.forward must reach'),
+    (lambda: WithoutSuper(**helpers.TINY), r'WithoutSuper.forward_features must call that of VisionTransformer by super'),
+    (lambda: OwnLoop(**helpers.TINY), 'OwnLoop.forward_features must call .*, and not use self.blocks'),
+    (lambda: LoopInMethod(**helpers.TINY), 'LoopInMethod.forward must call .*, and not use self.blocks'),
+    (lambda: PastSuper(**helpers.TINY), 'PastSuper.forward must call'),
+    (lambda: OwnEmbed(**helpers.TINY), 'OwnEmbed._embed has the name of a method that evolve adds'),
+    (with_attribute, 'attribute keep_ratio, which evolve needs'),
     (lambda: build('vit_base_patch16_224', depth=6, block_fn=MasklessBlock),
      r'blocks.0 must take attn_mask .* got MasklessBlock.forward\(x\)'),
     (lambda: timm.create_model('resnet10t'), 'VisionTransformer, Eva, NaFlexVit, got ResNet'),

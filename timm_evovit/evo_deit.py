@@ -17,6 +17,7 @@ from .checkpoints import BY_SIMILARITY, rename_deit, warn_by_attention
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
 from .evolving_vit import EvolvingVit
 from .hub import build_model, entry_point, evo_cfg, paper_cfg, resolve_weights
+from .slow_tokens import SlowTokens
 
 __all__ = ['EvoVisionTransformer']  # entry_point will add each model to this
 
@@ -150,13 +151,19 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         self._reset_cls_head()
 
     def _run_blocks(self, x: torch.Tensor, rope: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Any:
-        if self.by_similarity:
-            return super()._run_blocks(x, rope, num_blocks, **kwargs)
-        evolving_vit.check_no_mask(kwargs.get('attn_mask'), kwargs.get('is_causal', False))
+        run = super()._run_blocks if self.by_similarity else self._run_by_attention
+        return run(x, rope, num_blocks, **kwargs)
+
+    def _run_by_attention(
+            self, x: torch.Tensor, rope: Any, num_blocks: Optional[int] = None,
+            attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False, take_indices: Sequence[int] = (),
+            slow_tokens: Optional[List[SlowTokens]] = None, grid_size: Any = None,
+    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """As `similarity.run_blocks`; `rope` is None."""
+        evolving_vit.check_no_mask(attn_mask, is_causal)
         state = attention.EvolutionState(
             self._draw_schedule(x), self.tradeoff, self.num_prefix_tokens, self.representative_token,
-            self.grad_checkpointing,
-            kwargs.get('take_indices', ()), kwargs.get('slow_tokens'))
+            self.grad_checkpointing, take_indices, slow_tokens)
         return attention.run_blocks(list(self.blocks)[:num_blocks], x, state), state.intermediates
 
     def forward_head(
@@ -170,7 +177,9 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         if not self.is_assisted():
             return logits
         logits_cls = self.head_cls(self.head_drop(self.norm_cls(x[:, 0])))
-        return (logits, logits_cls) if self.assisted_training else training.mix_heads(logits, logits_cls)
+        if self.assisted_training and logits.shape == logits_cls.shape:
+            return logits, logits_cls
+        return training.mix_heads(logits, logits_cls)
 
 
 model_cfgs = {

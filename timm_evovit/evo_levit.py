@@ -332,7 +332,7 @@ class EvoLevit(training.PaperModel, levit.LevitDistilled):
         logits = torch.stack([self.head(features), self.head_dist(features)], dim=1)
         if self.is_assisted():
             logits_cls = torch.stack([self.head_cls(x[:, 0]), self.head_cls_dist(x[:, 0])], dim=1)
-            if self.assisted_training:
+            if self.assisted_training and logits.shape == logits_cls.shape:
                 if distilled:
                     return logits.unbind(1), logits_cls.unbind(1)
                 return logits.mean(dim=1), logits_cls.mean(dim=1)

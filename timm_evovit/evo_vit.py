@@ -141,19 +141,28 @@ def evolved_class(cls: Any) -> Type[EvolvedVit]:
         raise TypeError(f"evolve takes timm's {', '.join(c.__name__ for c in EVOLVED)}, got {cls.__name__}.")
     if cls is dense_class:
         return EVOLVED[cls]
-    for base in cls.__mro__[:cls.__mro__.index(dense_class)]:
-        for name in {'forward', 'forward_features', 'forward_intermediates'} & {*vars(base)}:
-            names = _names(getattr(inspect.unwrap(vars(base)[name]), '__code__', None))
-            if 'blocks' in names or dense_class.__name__ in names or not (name == 'forward' or 'super' in names):
-                raise TypeError(
-                    f'{base.__name__}.{name} must reach that of {dense_class.__name__} by super(), and not the blocks.')
+    own = {k: v for base in cls.__mro__[cls.__mro__.index(dense_class) - 1::-1] for k, v in vars(base).items()}
+    for name in sorted({'forward', 'forward_features', 'forward_intermediates'} & {*own}):
+        names = _names_used(name, own)
+        if 'blocks' in names or dense_class.__name__ in names or not (name == 'forward' or 'super' in names):
+            raise TypeError(
+                f'{cls.__name__}.{name} must call that of {dense_class.__name__} by super(), and not use self.blocks.')
+    for name in own:
+        if hasattr(EVOLVED[dense_class], name) and not hasattr(dense_class, name):
+            raise TypeError(f'{cls.__name__}.{name} has the name of a method that evolve adds: rename it.')
     return type(f'Evolved{cls.__name__}', (cls, EVOLVED[dense_class]), {'dense_class': cls})
 
 
-def _names(code: Any) -> Set[str]:
-    """Names that a function uses, also in functions within it."""
-    names = set(getattr(code, 'co_names', ()))
-    return names.union(*(_names(part) for part in getattr(code, 'co_consts', ()) if inspect.iscode(part)))
+def _names_used(name: str, methods: Dict[str, Any], seen: Tuple[str, ...] = ()) -> Set[str]:
+    """Names that a method uses, also in functions within it and in the methods of these that it calls."""
+    method = getattr(methods[name], 'fget', methods[name])  # of a property
+    names: Set[str] = set()
+    codes = [getattr(inspect.unwrap(method), '__code__', None)]
+    for code in codes:
+        names.update(getattr(code, 'co_names', ()))
+        codes += [part for part in getattr(code, 'co_consts', ()) if inspect.iscode(part)]
+    called = (names & methods.keys()) - {*seen, name}
+    return names.union(*(_names_used(other, methods, (*seen, name)) for other in called))
 
 
 def _blank(dense_class: Any) -> Any:
@@ -215,6 +224,9 @@ def evolve(
     vars(evolved).update(vars(model), _evolved_from=model, _evolution_args={}, _compiled_call_impl=None)
     evolved._init_stages(keep_ratio, stages, train_keep_ratio)
     evolved._truncate_to_depth()
+    for name, value in vars(model).items():
+        if vars(evolved)[name] is not value and name != '_compiled_call_impl':
+            raise TypeError(f'The model has an attribute {name}, which evolve needs for itself: rename it.')
     cfg = getattr(model, 'pretrained_cfg', None)
     if cfg is not None:  # saved, it comes back as an `evo_vit`
         evolved.pretrained_cfg = evolved.default_cfg = dict(cfg, architecture='evo_vit')

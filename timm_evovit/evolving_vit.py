@@ -68,6 +68,12 @@ class EvolvingVit(EvolvingModel):
         fc_norm = not isinstance(self.fc_norm, nn.Identity)
         return {} if fc_norm == (self.global_pool in ('avg', 'avgmax', 'max')) else dict(fc_norm=fc_norm)
 
+    def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
+        self._truncate_to_depth()  # blocks may have been pruned through the dense model
+        super().set_keep_ratio(keep_ratio)
+
+    set_keep_ratio.__doc__ = EvolvingModel.set_keep_ratio.__doc__
+
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> List[int]:
         take_indices = super().prune_intermediate_layers(*args, **kwargs)
         self._truncate_to_depth()

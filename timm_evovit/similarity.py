@@ -165,7 +165,8 @@ def group_tokens(
         joins = position[:num_rows] < count - wanted.maximum(count // 2)
     patches = patches.to(dtype)
     if channel_weight is not None and channel_weight.is_meta == x.is_meta:  # it may be offloaded
-        patches = patches * channel_weight.detach().to(patches)
+        if channel_weight.shape[0] == C:  # otherwise it is that of a norm inside attention
+            patches = patches * channel_weight.detach().to(patches)
     partner, cost = match_tokens(patches, counts, valid)
 
     if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):

@@ -1,9 +1,9 @@
 """The command timm-evovit."""
 import argparse
+import itertools
 import json
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Dict, List, Optional, Tuple
@@ -54,18 +54,19 @@ def _visualize(args: argparse.Namespace) -> int:
                          'or take Evo-LeViT or Evo-DeiT with --model-kwargs slow_tokens=attention.')
 
     args.output.mkdir(parents=True, exist_ok=True)
-    drawings, names = [], Counter(sheet=1)
+    drawings, names = [], {'sheet'}
     for path, drawing in tqdm(visualize(model, paths, args.attention), total=len(paths), unit='image', disable=None):
         if isinstance(drawing, Exception):
             tqdm.write(f'timm-evovit: {path} is skipped: {drawing}', file=sys.stderr)
             continue
-        names[path.stem] += 1
-        count = names[path.stem]  # of images of the same name in several folders
-        drawing.save(args.output / (f'{path.stem}-{count}.png' if count > 1 else f'{path.stem}.png'))
+        candidates = itertools.chain([path.stem], (f'{path.stem}-{i}' for i in itertools.count(2)))
+        name = next(name for name in candidates if name not in names)  # images in several folders may have the same one
+        names.add(name)
+        drawing.save(args.output / f'{name}.png')
         drawings += [drawing] if args.sheet else []
     if drawings:
         sheet(drawings).save(args.output / 'sheet.png')
-    drawn = names.total() - 1
+    drawn = len(names) - 1
     print(f'{args.output}: {drawn} of {len(paths) + len(missing)} images drawn')
     return int(drawn < len(paths) or bool(missing))
 
