@@ -35,7 +35,7 @@ def test_ratios_as_they_were_written():
 def test_one_exported_program_for_every_size(name, kwargs):
     """torch.export and ONNX Runtime with dynamic batch, height and width agree with the model, away from the traced size."""
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
-    model = build(name, depth=4, dynamic_img_size=True, **kwargs)
+    model = build(name, depth=3, dynamic_img_size=True, **kwargs)
     model = model if name.startswith('evo') else evolve(model)
     x = images(2, 64)
     dynamic = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}

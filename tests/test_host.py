@@ -28,6 +28,8 @@ def test_logits_on_the_device(name, dense_name, kwargs, dtype, precision, compil
     def forward(model):
         return torch.compile(model, fullgraph=True, backend='inductor' if DEVICE == 'cuda' else 'aot_eager')
 
+    if compiled and DEVICE == 'cpu' and dtype != torch.float32:
+        pytest.skip('on a CPU compiled code is compared in float32 only')
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs).eval()
