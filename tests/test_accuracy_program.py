@@ -75,7 +75,8 @@ def test_all_variants_train_and_are_timed(pictures, tmp_path, capsys):
     deit = [name for name in accuracy.VARIANTS if 'levit' not in name] + ['evo-stage@0.7']
     for variants in (deit, levit):
         results = train(pictures, tmp_path, *variants, '--epochs', '1', '--amp', 'bfloat16', '--no-fused-attn')
-    assert len(results) == len(deit + levit)
+    names = deit + levit + [f'evo-elastic@{ratio}' for ratio in ('0.3', '0.5', '0.7', '1')]  # evaluated at each ratio
+    assert len(results) == len(names)
     for r in results.values():
         assert r['top1'][-1] == pytest.approx(report.right(r).mean(), abs=1e-4)
         assert len(report.right(r)) == 24
@@ -84,7 +85,7 @@ def test_all_variants_train_and_are_timed(pictures, tmp_path, capsys):
     capsys.readouterr()
     report.main(['--accuracy', str(tmp_path / 'results')])
     out = capsys.readouterr().out
-    assert all(f'| {name} | 0 |' in out for name in deit + levit) and out.count('**DeiT') == 2 and '**LeViT' in out
+    assert all(f'| {name} | 0 |' in out for name in names) and out.count('**DeiT') == 2 and '**LeViT' in out
 
 
 def test_trained_models_evolve(pictures, tmp_path):
