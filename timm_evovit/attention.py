@@ -54,8 +54,8 @@ class EvolutionState:
     """State of one forward pass, which goes through the layers of a model and is updated by them.
 
     `tradeoff` is the weight of each layer's class attention in the global one: numbers or a tensor. `take_indices` are
-    blocks whose output is wanted, also inside a stage; `slow_tokens` receives what each stage selects, (B, n). It is no
-    dataclass: FSDP hands on copies of these.
+    blocks whose output is wanted, also inside a stage; `slow_tokens` receives what each stage selects, (B, n). This
+    is not a dataclass: FSDP copies those, and updates would be lost.
     """
 
     def __init__(

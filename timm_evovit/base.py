@@ -32,7 +32,7 @@ def check_epochs(name: str, value: int) -> int:
 
 
 def check_ratios(name: str, value: Any, count: int, per: str, zero: bool = False) -> Tuple[float, ...]:
-    """One ratio in (0, 1], or in [0, 1] with `zero`, for each stage or block, given so or as one number for all."""
+    """One number for all stages or blocks, or one for each, to a tuple. All are in (0, 1], or in [0, 1] with `zero`."""
     span = '[0, 1]' if zero else '(0, 1]'
     values = (value,) * count if is_number(value) else value
     listed = isinstance(values, Sequence) and not isinstance(values, str) and all(map(is_number, values))
@@ -52,7 +52,7 @@ def check_train_ratios(value: Any) -> Tuple[float, ...]:
 
 
 def check_stages(stages: Any, depth: int, first: int) -> Tuple[int, ...]:
-    """First blocks of the stages, ascending from `first` on, given so or as one number."""
+    """First blocks of the stages, or one number for one stage, to a tuple. They ascend from `first` on."""
     starts: Any = (stages,) if is_number(stages) else stages
     listed = isinstance(starts, Sequence) and all(is_number(s, Integral) for s in starts)
     check(listed, 'stages', 'block indices such as (4, 8)', stages, TypeError)
@@ -86,7 +86,7 @@ def draw(count: int) -> int:
 class EvolvingModel(SavedArgs):
     """A model with slow-fast token evolution, to be inherited from before a model of timm.
 
-    A model adds `_build_schedule`, which brings keep ratios, one per stage, to the form that its blocks are run by, in
+    A model adds `_build_schedule`, which turns keep ratios, one per stage, into what its `run_blocks` takes, in
     training mode or not, and `forward_slow_tokens`, which returns the `SlowTokens` of images (B, in_chans, H, W), stage
     by stage.
     """

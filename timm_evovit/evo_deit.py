@@ -53,7 +53,7 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
             keep_ratio: Ratio of slow tokens to patches in (0, 1], one for all evolution stages or one per stage. By
                 similarity as in `evolve`.
             stages: First block of each stage, ascending. Default: (4, 8) of 12 blocks, every second by similarity.
-            train_keep_ratio: Ratios of which each forward pass in training mode draws one, for all stages, as `evolve`.
+            train_keep_ratio: Keep ratios to train with, see `evolve`.
             slow_tokens: Find slow tokens by class 'attention' (paper) or by 'similarity', where like patches share one.
                 `representative_token`, `tradeoff`, `selection` and `layer_to_stage_epochs` are of the former only.
             tradeoff: Weight in [0, 1] of a block's class attention in the global class attention, one for all blocks

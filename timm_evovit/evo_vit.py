@@ -135,7 +135,7 @@ EVOLVED = {cls.dense_class: cls for cls in (EvolvedVisionTransformer, EvolvedEva
 
 @functools.cache
 def evolved_class(cls: Any) -> Type[EvolvedVit]:
-    """What `evolve` makes of a model of this class, in which its own methods come first, or a TypeError."""
+    """The evolved subclass of a class, whose own methods override ours. Raises TypeError if that cannot work."""
     dense_class = next((c for c in cls.__mro__ if c in EVOLVED), None)
     if dense_class is None:
         raise TypeError(f"evolve takes timm's {', '.join(c.__name__ for c in EVOLVED)}, got {cls.__name__}.")
@@ -208,8 +208,8 @@ def evolve(
         keep_ratio: Ratio of slow tokens to patches in (0, 1], one per stage. One number is the geometric mean of a
             series, to three decimals, that falls from stage to stage.
         stages: First block of each stage, ascending. Default: every second block, from the first one on.
-        train_keep_ratio: Ratios, each as one number of `keep_ratio`, of which every forward pass in training mode draws
-            one, by torch's random numbers: weights for all of them. Processes of a distributed run draw the same one.
+        train_keep_ratio: Keep ratios to train with. Each forward pass in training mode picks one of them at random, the
+            same in all processes of a distributed run, so that one set of weights works at all of them.
 
     Raises:
         TypeError: The model or its blocks cannot evolve, or an argument is of the wrong kind.

@@ -21,8 +21,8 @@ def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
 class EvolvingVit(EvolvingModel):
     """A Vision Transformer that groups like tokens, to be inherited from before its class.
 
-    Everything outside the blocks sees the complete patch grid in raster order. A loop over the blocks that is not that
-    of the model, `for block in model.blocks: x = block(x)`, is the dense model.
+    Everything outside the blocks sees the complete patch grid in raster order. A loop of your own over the blocks,
+    `for block in model.blocks: x = block(x)`, groups nothing.
     """
     stage_starts: Tuple[int, ...]  # first block of each stage
     built_stages: Tuple[int, ...]  # as built: some may have been pruned since

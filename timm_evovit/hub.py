@@ -70,7 +70,7 @@ def paper_cfg(name: str, **kwargs: Any) -> Dict[str, Any]:
 
 
 def resolve_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any], fallback_hint: str) -> PretrainedCfg:
-    """The configuration of a model and its weights, of which what is given is taken out of `kwargs`."""
+    """The configuration of a model and its weights. Takes `pretrained_cfg` and its overlay out of `kwargs`."""
     given = (kwargs.pop(k, None) for k in ('pretrained_cfg', 'pretrained_cfg_overlay'))
     cfg = resolve_pretrained_cfg(variant, *given)
     if cfg.url and cfg.source is None:

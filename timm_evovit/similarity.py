@@ -49,9 +49,9 @@ def channel_weight(block: nn.Module) -> Any:
 
 
 def checkerboard(position: torch.Tensor, width: int) -> torch.Tensor:
-    """Positions (n,) of a grid in an order of which every second one is a field of one colour: matching has two sides.
+    """Positions (n,) of a grid in an order in which black and white fields alternate: the two sides of the matching.
 
-    In every second row two neighbours change places, unless the rows of the raster alternate by themselves.
+    In every second row neighbours change places, unless the rows of the raster alternate by themselves.
     """
     whole = position // 2 * 2 + 1 < position.shape[0]
     moves = position // width % 2 * (1 - width % 2) * whole
@@ -81,7 +81,7 @@ def add_tokens(x: torch.Tensor, token_idx: torch.Tensor, update: torch.Tensor) -
 def match_tokens(
         tokens: torch.Tensor, sizes: torch.Tensor, valid: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Bipartite matching (ToMe section 3): every second token finds the other one that it is best joined to.
+    """Bipartite matching (ToMe section 3): every second token finds its partner of lowest cost among the others.
 
     The cost of joining two tokens is Ward's (https://doi.org/10.1080/01621459.1963.10500845) for vectors of length
     one: their cosine distance times `size * other_size / (size + other_size)`, so large groups are joined last.
@@ -131,7 +131,7 @@ def group_tokens(
         weights: First the number of patches that each token stands for, 0 for padding, then any others that are summed
             over groups, (B, 1 or more, N). None for one patch each.
         num_patches: Number of patches of the complete sequence.
-        keep_ratio: Ratio of groups to patches that all rounds lead to, numerator and denominator.
+        keep_ratio: Ratio of groups to patches after all rounds, numerator and denominator.
         num_valid: With padding, the number of patches of each image, (B, 1). Each is grouped as it would be without,
             and padding gets a group of its own, the last one.
         channel_weight: Tokens are compared by their channels times this, (C,).
@@ -164,9 +164,9 @@ def group_tokens(
         wanted = (num_valid * keep_ratio[0] // keep_ratio[1]).clamp_min(1)
         joins = position[:num_rows] < count - wanted.maximum(count // 2)
     patches = patches.to(dtype)
-    if channel_weight is not None and channel_weight.is_meta == x.is_meta:  # it may be offloaded
-        if channel_weight.shape[0] == C:  # otherwise it is that of a norm inside attention
-            patches = patches * channel_weight.detach().to(patches)
+    # it may be offloaded, and without another norm it is that of one inside attention
+    if channel_weight is not None and channel_weight.shape[0] == C and channel_weight.is_meta == x.is_meta:
+        patches = patches * channel_weight.detach().to(patches)
     partner, cost = match_tokens(patches, counts, valid)
 
     if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
@@ -307,7 +307,7 @@ def run_blocks(
             of the stage before groups its slow tokens, a higher one starts from the complete sequence.
         rope: Rotary embedding of the patches as timm's blocks take it, or with `rope_per_block` one for each block.
         attn_mask, is_causal: Mask of the blocks before the first stage. With stages it must be one of keys.
-        key_mask: The mask of keys that `attn_mask` stands for, if that is none.
+        key_mask: The mask of keys, where `attn_mask` is not one itself.
         grad_checkpointing: Recompute each block in the backward pass.
         take_indices, slow_tokens: Blocks whose output is wanted, complete; receives the groups of each stage, (B, n).
         grid_size: Height and width of the patch grid, None if it is not known.

@@ -94,7 +94,7 @@ def load_model(
         name: Optional[str], /, pretrained: bool = False, checkpoint: Union[str, Path, None] = None,
         use_ema: bool = False, data: Optional[Dict[str, Any]] = None, **kwargs: Any,
 ) -> Tuple[Any, str, Dict[str, Any]]:
-    """Create a model of timm, where there is a checkpoint with exactly its weights or their moving average.
+    """Create a model of timm. A checkpoint, or its moving average, is loaded if one is given: all keys must match.
 
     What is not given is taken from args.yaml of timm's train.py, where that lies beside the checkpoint; `data` are
     options of timm's scripts, such as `crop_pct`. Returns the model, its name and the arguments it was created with.
