@@ -3,11 +3,11 @@
 
     python benchmarks/deploy.py files --pictures flowers/validation --output output/deploy
     python benchmarks/speed.py --suite benchmarks/suites/deploy.txt --output benchmarks/results/deploy-speed.json
-    python benchmarks/deploy.py accuracy dense.pt --pictures cifar10 --output benchmarks/results/deploy-accuracy.json
+    python benchmarks/deploy.py accuracy CHECKPOINT --pictures cifar10 --output benchmarks/results/deploy-accuracy.json
 
 `files` writes what the suite times: NAME.onnx, NAME.xml, and in 8 bits NAME.dynamic.onnx, NAME.int8.onnx and
 NAME.int8.xml, the last two with ranges of activations from --pictures. `accuracy` takes a checkpoint of accuracy.py,
-and evolves it as well. Pairs are patches that share a slow token at the end.
+dense or grouped by similarity. Pairs are patches that share a slow token at the end.
 """
 import argparse
 import copy
@@ -28,7 +28,6 @@ from without_training import compare
 from without_training import load as load_checkpoint
 
 from timm_evovit import evolve
-from timm_evovit.evolving_vit import EvolvingVit
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'examples'))
 import export_onnx  # noqa: E402
@@ -49,9 +48,7 @@ class WithGroups(nn.Module):
         self.model = model
 
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        groups = [s.groups.flatten(1) for s in self.model.forward_slow_tokens(x)[-1:]] if isinstance(
-            self.model, EvolvingVit) else []
-        return self.model(x), *groups
+        return self.model(x), *(stage.groups.flatten(1) for stage in self.model.forward_slow_tokens(x)[-1:])
 
 
 def write_files(path: Path, model: nn.Module, pictures: torch.Tensor) -> List[Path]:
@@ -92,15 +89,16 @@ def same_pairs(groups: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def measure(checkpoint: Path, args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
-    dense, report, settings = load_checkpoint(checkpoint, args)
+    model, _, settings = load_checkpoint(checkpoint, args)
     images, labels = accuracy.load_pictures('validation', settings)
     calibration = accuracy.normalize(accuracy.load_pictures('train', settings)[0][::50_000 // CALIBRATION])
     expected = None
-    for keep_ratio in (1, 0.6, 0.4):
-        model = WithGroups(dense if keep_ratio == 1 else evolve(dense, keep_ratio)).eval()
+    with_groups = WithGroups(model if hasattr(model, 'set_keep_ratio') else evolve(model)).eval()
+    for keep_ratio in (1, 0.7, 0.4):
+        with_groups.model.set_keep_ratio(keep_ratio)
         groups = None
         with tempfile.TemporaryDirectory() as folder:
-            for name, run in ways_to_run(model, calibration, Path(folder)).items():
+            for name, run in ways_to_run(with_groups, calibration, Path(folder)).items():
                 outputs = [tuple(run(accuracy.normalize(batch))) for batch in images.split(250)]
                 logits, *found = (torch.cat(parts) for parts in zip(*outputs))
                 logits = logits.float().log_softmax(1)
@@ -115,7 +113,7 @@ def measure(checkpoint: Path, args: argparse.Namespace) -> Iterator[Dict[str, An
 def main(argv: Optional[List[str]] = None) -> None:
     parser = harness.parser(__doc__)
     parser.add_argument('command', choices=('files', 'accuracy'))
-    parser.add_argument('checkpoint', nargs='?', type=Path, help='of a dense model that accuracy.py has trained')
+    parser.add_argument('checkpoint', nargs='?', type=Path, help='of a model that accuracy.py has trained')
     parser.add_argument('--pictures', type=Path, required=True, help='folder, for accuracy as accuracy.py takes it')
     args = parser.parse_args(argv)
     args.data_dir = args.pictures
@@ -124,7 +122,9 @@ def main(argv: Optional[List[str]] = None) -> None:
             model = reparameterize_model(timm.create_model(**kwargs).eval())
             write_files(args.output / name, model, export_onnx.read_pictures(args.pictures, model, CALIBRATION))
     else:
-        harness.Report('deploy', args.output, argv=argv).add(*measure(args.checkpoint, args))
+        report = harness.Report('deploy', args.output, argv=argv)
+        for row in measure(args.checkpoint, args):
+            report.add(row)
 
 
 if __name__ == '__main__':

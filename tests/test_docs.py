@@ -35,6 +35,7 @@ NOT_RUN = {  # beginning of a command, or a part of it: why it is not run here
 IN_SMALL = {  # part of a command: arguments that take the place of those before, to run it in seconds
     'examples/quickstart.py': '--epochs 1',
     'examples/dense_features.py': '--steps 1 --batch-size 2',
+    'examples/export_onnx.py': '--num-pictures 2 --batch-size 1',
     'examples/finetune.py': '--epochs 1 --batch-size 16 --workers 0',
     'benchmarks/speed.py': '-b 1 --img-size 64 --rounds 1 --warmup 0 --seconds 0',
     'timm-evovit sweep': '-b 2 --rounds 1 --limit 8 --workers 0 --keep-ratio 0.5',
