@@ -50,6 +50,10 @@ TOP1 = {  # ImageNet-1k in the papers; LeViT's of 1000 epochs, Evo-LeViT's of 30
     'levit_128s': 76.6, 'levit_128': 78.6, 'levit_192': 80.0, 'levit_256': 81.6, 'levit_384': 82.6,
 }
 TIMED = ('family', 'epochs', 'batch_size', 'img_size', 'patch_size', 'width', 'depth', 'heads', 'amp', 'no_fused_attn')
+RUNTIMES = {  # of files, by how their names end
+    '.dynamic.onnx': 'ONNX Runtime, 8 bits, dynamic', '.int8.onnx': 'ONNX Runtime, 8 bits, static',
+    '.onnx': 'ONNX Runtime',
+    '.int8.xml': 'OpenVINO, 8 bits, static', '.xml': 'OpenVINO'}
 LINES = {  # of the plot of accuracy.py, by what they are called
     'similarity, trained at each keep ratio': ('dense', *(f'evo-similarity@{r}' for r in (0.4, 0.3, 0.2))),
     'similarity, one model for all': tuple(f'evo-elastic{r}' for r in ('@1', '@0.7', '@0.5', '', '@0.3')),
@@ -144,6 +148,12 @@ def with_error(r: Row, key: str, digits: int = 2) -> Optional[str]:
     return f"{r[key]:.{digits}f} ± {r[f'{key}_error']:.{digits}f}" if key in r and r['method'] != 'dense' else None
 
 
+def in_runtime(r: Row) -> Tuple[str, str]:
+    """Name of a model in a file, and what runs it."""
+    suffix = next(suffix for suffix in RUNTIMES if r['model'].endswith(suffix))
+    return Path(r['model']).name.removesuffix(suffix), RUNTIMES[suffix]
+
+
 speed_table = table({
     'model': lambda r: f"`{r['model']}`", '': setting, 'batch': lambda r: r['batch_size'],
     'multiply-adds ratio': lambda r: f'{ratio(r):.3f}'.replace('nan', ''),
@@ -167,6 +177,17 @@ photographs_table = table({  # of features, the ratio of the means and the geome
        f"{100 * r[f'{key}, geometric error']:.0f} %" for header, key in (
            ('class token', 'class token'), ('patches', 'patches'), ('average of the patches', 'average'))},
     'saliency map': lambda r: f"{r['saliency']:.3f}"})
+
+
+deploy_speed_table = table({
+    'model': lambda r: f'`{in_runtime(r)[0]}`', 'in': lambda r: in_runtime(r)[1],
+    **{f'batch of {b}': lambda r, b=b: speed_up(r) if r['batch_size'] == b else None for b in (1, 8, 32)},
+    'ms per picture, dense / this': lambda r: ' / '.join(
+        f"{1000 / x['images_per_second']:.0f}" for x in (r['dense'], r))}, 'model')
+deploy_accuracy_table = table({
+    'model': lambda r: r['model'], 'in': lambda r: r['method'], 'top-1 %': lambda r: f"{r['top1']:.2f}",
+    'points lost': lambda r: with_error(r, 'lost'), 'divergence, thousandths': lambda r: f"{r['kl']:.1f}",
+    'pairs as in float32': lambda r: f"{r['same_pairs']:.1f} %" if 'same_pairs' in r else None})
 
 
 def without_training_table(rows: List[Row]) -> str:
@@ -370,7 +391,8 @@ def without_training_plot(rows: List[Row]) -> plt.Figure:
 TABLES: Dict[str, Callable[[List[Row]], str]] = {
     'speed': speed_table, 'models': models_table, 'dense_features': dense_features_table, 'families': families_table,
     'without_training': without_training_table, 'finetuned': finetuned_table, 'photographs': photographs_table,
-    'sweep': sweep_table, 'accuracy': accuracy_table, 'accuracy_speed': accuracy_speed_table}
+    'sweep': sweep_table, 'deploy-speed': deploy_speed_table, 'deploy-accuracy': deploy_accuracy_table,
+    'accuracy': accuracy_table, 'accuracy_speed': accuracy_speed_table}
 PLOTS: Dict[str, Callable[[List[Row]], plt.Figure]] = {
     'speed': speed_plot, 'without_training': without_training_plot, 'accuracy': accuracy_plot,
     'sweep': lambda rows: sweep.plot(rows[0]['of'])}

@@ -84,6 +84,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--warmup', type=int, default=2, help='rounds that are not counted')
     parser.add_argument('--seconds', type=float, default=1., help='minimum time of a model in a round')
+    parser.add_argument('--no-memory', action='store_true', help='do not measure memory, which takes a process per model')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='not of those of --against')
     parser.add_argument('--suite', type=Path, metavar='TXT', help='file with the arguments of one run per line')
     args = parser.parse_args(argv)
@@ -181,8 +182,8 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
             'model_kwargs': {} if spec in args.against else args.model_kwargs,
             'params': sum(p.numel() for p in model.parameters()) if of_torch else None,
             'multiply_adds': harness.multiply_adds(model, size) if of_torch else None,
-            'peak_memory': peak_memory(spec, args) if args.device.startswith('cuda') else harness.in_new_process(
-                peak_memory, spec, args)})
+            'peak_memory': None if args.no_memory else peak_memory(spec, args) if args.device.startswith('cuda') else (
+                harness.in_new_process(peak_memory, spec, args))})
     steps = {spec: build_step(spec, args) for spec in args.models}
     times = harness.time_in_turns(steps, args.rounds, args.warmup, args.seconds, args.device)
     for spec, row in zip(args.models, rows):
