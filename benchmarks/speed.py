@@ -58,8 +58,7 @@ class OpenVinoModel(nn.Module):
         super().__init__()
         self.compiled = openvino.Core().compile_model(  # on many processors the default is bfloat16
             path, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'})
-        size = self.compiled.inputs[0].get_partial_shape()
-        self.pretrained_cfg = {'input_size': tuple(d.get_length() for d in list(size)[1:])}
+        self.pretrained_cfg = {'input_size': tuple(self.compiled.inputs[0].get_partial_shape().get_min_shape())[1:]}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.compiled(x.numpy())[0])

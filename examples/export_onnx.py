@@ -92,7 +92,9 @@ class OpenVino:
 
     def export(self, model, images, dynamic, path, info):
         program = torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
-        self.save(self.openvino.convert_model(program), path, info)
+        converted = self.openvino.convert_model(program)
+        converted.reshape([-1 if i in dynamic else n for i, n in enumerate(images.shape)])
+        self.save(converted, path, info)
 
     def quantize(self, path, small, pictures, info):
         import nncf

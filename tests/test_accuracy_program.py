@@ -183,13 +183,13 @@ def test_figures_in_the_readme():
     """Those in its sentences. test_benchmarks.py compares tables with the results."""
     rows = report.read(report.RESULTS, 'accuracy/', img_size='32', epochs='25')
     variants = report.compare(rows)[report.title({**rows[0], 'amp': 'bfloat16', 'no_fused_attn': True})]
-    best, stage = variants['evo-4-stages@0.4'], variants['evo-stage']
-    low, high = best['over_seeds']
-    (float32,) = (row['of'] for row in rows if not row['amp'])
-    speed = [r[what]['speed_up'] for r in (best['timed'], report.timed(float32, 'evo-4-stages@0.4')) for what in r]
+    top1 = {name: f"{statistics.mean(v['top1']):.2f} %" for name, v in variants.items()}
+    speed = {name: f"{variants[name]['timed']['inference']['speed_up']:.2f}" for name in ('evo-elastic', 'evo-elastic@0.3')}
+    lost = -statistics.mean(variants['evo-stage']['differences'])
     figures = [
-        f"{-statistics.mean(best['differences']):.2f} points below the dense model", f'interval {-low:.2f} below',
-        f'to {high:.2f} above', f"{-statistics.mean(stage['differences']):.1f} points below",
-        '{:.2f} times as fast in training and {:.2f} times in inference (float32: {:.2f}, {:.2f})'.format(*speed)]
+        f"{top1['evo-elastic@1']} at keep ratio 1", f"{top1['evo-elastic']} at 0.4", f"{top1['evo-elastic@0.3']} at 0.3",
+        f"{speed['evo-elastic']} and {speed['evo-elastic@0.3']} times as fast as the dense model",
+        f"half of the blocks has {top1['dense-4-blocks']}", f"smaller pictures {top1['dense-24-pixels']}",
+        f"the dense model of the same seed, which has {variants['dense']['top1'][0]:.2f} %", f'{lost:.1f} points are lost']
     readme = ' '.join((ROOT / 'README.md').read_text().split())
     assert [figure for figure in figures if figure not in readme] == []
