@@ -179,15 +179,20 @@ photographs_table = table({  # of features, the ratio of the means and the geome
     'saliency map': lambda r: f"{r['saliency']:.3f}"})
 
 
-deploy_speed_table = table({
-    'model': lambda r: f'`{in_runtime(r)[0]}`', 'in': lambda r: in_runtime(r)[1],
-    **{f'batch of {b}': lambda r, b=b: speed_up(r) if r['batch_size'] == b else None for b in (1, 8, 32)},
-    'ms per picture, dense / this': lambda r: ' / '.join(
-        f"{1000 / x['images_per_second']:.0f}" for x in (r['dense'], r))}, 'model')
 deploy_accuracy_table = table({
     'model': lambda r: r['model'], 'in': lambda r: r['method'], 'top-1 %': lambda r: f"{r['top1']:.2f}",
     'points lost': lambda r: with_error(r, 'lost'), 'divergence, thousandths': lambda r: f"{r['kl']:.1f}",
     'pairs as in float32': lambda r: f"{r['same_pairs']:.1f} %" if 'same_pairs' in r else None})
+
+
+def deploy_speed_table(rows: List[Row]) -> str:
+    """Speed-up of files by batch size, in the order of names and runtimes."""
+    return table({
+        'model': lambda r: f'`{in_runtime(r)[0]}`', 'in': lambda r: in_runtime(r)[1],
+        **{f'batch of {b}': lambda r, b=b: speed_up(r) if r['batch_size'] == b else None for b in (1, 8, 32)},
+        'ms per picture at these, dense / this': lambda r: ' / '.join(
+            f"{1000 / x['images_per_second']:.0f}" for x in (r['dense'], r))}, 'model')(
+        sorted(rows, key=lambda r: (*in_runtime(r), r['batch_size'])))
 
 
 def without_training_table(rows: List[Row]) -> str:
@@ -279,7 +284,8 @@ def compare(rows: List[Row]) -> Dict[str, Dict[str, Row]]:
     Raises:
         ValueError: The runs of a seed were validated on different pictures.
     """
-    timings = sorted((row['of'] for row in rows if 'seconds_per_image' in row['of']), key=lambda t: t['date'])[::-1]
+    timings = [row['of'] for row in rows if 'seconds_per_image' in row['of']]
+    timings.sort(key=lambda timing: timing.get('date', ''), reverse=True)
     runs = [{**row['of'], 'title': title(row)} for row in rows if row['of'].get('finished')]
     runs.sort(key=lambda run: (run['variant'] not in ('dense', 'levit'), run['variant'], run['seed']))
     comparisons: Dict[str, Dict[str, Row]] = {}
