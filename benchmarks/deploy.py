@@ -18,8 +18,6 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 
 import accuracy
 import harness
-import onnxruntime
-import openvino
 import timm
 import torch
 from timm.utils import reparameterize_model
@@ -65,8 +63,10 @@ def write_files(path: Path, model: nn.Module, pictures: torch.Tensor) -> List[Pa
 def load(path: Path) -> Callable[[torch.Tensor], Iterable[torch.Tensor]]:
     """A function from pictures to all outputs of a file."""
     if path.suffix == '.onnx':
+        import onnxruntime
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
         return lambda x: map(torch.from_numpy, session.run(None, {'images': x.numpy()}))
+    import openvino
     compiled = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     return lambda x: map(torch.from_numpy, compiled(x.numpy()).values())
 

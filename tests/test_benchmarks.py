@@ -10,6 +10,7 @@ from PIL import Image
 from programs import BENCHMARKS, ROOT, STANDINS, run
 
 sys.path.insert(0, str(BENCHMARKS))
+import deploy  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
 import speed  # noqa: E402
@@ -81,6 +82,12 @@ def test_speed_suite(tmp_path):
         (0, 'inference', True, 'float32', None), (1, 'train', False, 'float32', None),
         (2, 'inference', False, 'bfloat16', 'default')]
     assert rows[3]['model_kwargs'] == {'selection': 'layer'} and rows[2]['model_kwargs'] == {}
+
+
+def test_pairs_that_stay_the_same():
+    groups = torch.tensor([[0, 0, 1, 1, 2], [0, 1, 2, 3, 3]])  # patches 0 and 1, 2 and 3; 3 and 4
+    assert deploy.same_pairs(groups, groups) == 100
+    assert deploy.same_pairs(torch.tensor([[5, 5, 5, 1, 2], [0, 0, 2, 3, 3]]), groups) == pytest.approx(200 / 3)
 
 
 def test_suites_can_be_parsed():
