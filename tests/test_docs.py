@@ -36,6 +36,8 @@ IN_SMALL = {  # part of a command: arguments that take the place of those before
     'examples/quickstart.py': '--epochs 1',
     'examples/dense_features.py': '--steps 1 --batch-size 2',
     'examples/export_onnx.py': '--num-pictures 2 --batch-size 1',
+    'export_onnx.py evo_deit': '--model-kwargs depth=6',
+    'export_onnx.py evo_vit': '--model-kwargs base=vit_tiny_patch16_224 depth=2',
     'examples/finetune.py': '--epochs 1 --batch-size 16 --workers 0',
     'benchmarks/speed.py': '-b 1 --img-size 64 --rounds 1 --warmup 0 --seconds 0',
     'timm-evovit sweep': '-b 2 --rounds 1 --limit 8 --workers 0 --keep-ratio 0.5',
