@@ -39,7 +39,6 @@ DEIT, EVO_DEIT = 'deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224'
 VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'dense': (DEIT, {}, "timm's DeiT, class token readout"),
     'dense-avg': (DEIT, {'global_pool': 'avg'}, "timm's DeiT, average readout"),
-    'dense-6-blocks': (DEIT, {'depth': 6}, "timm's DeiT with fewer blocks"),
     'dense-4-blocks': (DEIT, {'depth': 4}, "timm's DeiT with half of the blocks"),
     'dense-width-48': (DEIT, {'embed_dim': 48, 'num_heads': 3}, "timm's DeiT, narrower"),
     'dense-24-pixels': (DEIT, {'img_size': 24}, "timm's DeiT on smaller pictures, 24 pixels of 32"),

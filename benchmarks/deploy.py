@@ -14,7 +14,7 @@ import copy
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import accuracy
 import harness
@@ -60,25 +60,15 @@ def write_files(path: Path, model: nn.Module, pictures: torch.Tensor) -> List[Pa
     return [Path(f'{path}{suffix}') for suffix in ('.onnx', '.dynamic.onnx', '.int8.onnx', '.xml', '.int8.xml')]
 
 
-def load(path: Path) -> Callable[[torch.Tensor], Iterable[torch.Tensor]]:
-    """A function from pictures to all outputs of a file."""
-    if path.suffix == '.onnx':
-        import onnxruntime
-        session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-        return lambda x: map(torch.from_numpy, session.run(None, {'images': x.numpy()}))
-    import openvino
-    compiled = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    return lambda x: map(torch.from_numpy, compiled(x.numpy()).values())
-
-
 def ways_to_run(model: nn.Module, pictures: torch.Tensor, folder: Path) -> Dict[str, Callable[[torch.Tensor], Any]]:
     """Functions from pictures to outputs, by what they are called."""
     half = copy.deepcopy(model).bfloat16()
     files = write_files(folder / 'model', model, pictures)
+    loaded = [export_onnx.RUNTIMES[file.suffix]().load(file) for file in files]
     return {
         'PyTorch, float32': model, 'PyTorch, bfloat16': lambda x: half(x.bfloat16()),
-        'ONNX Runtime, 8 bits, dynamic': load(files[1]), 'ONNX Runtime, 8 bits, static': load(files[2]),
-        'OpenVINO, 8 bits, static': load(files[4])}
+        'ONNX Runtime, 8 bits, dynamic': loaded[1], 'ONNX Runtime, 8 bits, static': loaded[2],
+        'OpenVINO, 8 bits, static': loaded[4]}
 
 
 def same_pairs(groups: torch.Tensor, expected: torch.Tensor) -> float:

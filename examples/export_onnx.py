@@ -80,7 +80,7 @@ class OnnxRuntime:
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # it would slow down the next model
         session = self.onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-        return lambda x: torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
+        return lambda x: [torch.from_numpy(y) for y in session.run(None, {'images': x.numpy()})]
 
 
 class OpenVino:
@@ -113,7 +113,7 @@ class OpenVino:
     def load(self, path):
         model = self.core.compile_model(  # on many processors the default is bfloat16
             path, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'})
-        return lambda x: torch.from_numpy(model(x.numpy())[0])
+        return lambda x: [torch.from_numpy(y) for y in model(x.numpy()).values()]
 
 
 RUNTIMES = {'.onnx': OnnxRuntime, '.xml': OpenVino}
@@ -142,7 +142,7 @@ def read_pictures(folder, model, count):
 @torch.inference_mode()
 def difference(run, model, images):
     """Largest difference of the logits of batches of 1, 2 and 5 images, relative to the largest logit."""
-    pairs = [(run(x), model(x)) for x in torch.cat([images] * 8)[:8].split((1, 2, 5))]
+    pairs = [(run(x)[0], model(x)) for x in torch.cat([images] * 8)[:8].split((1, 2, 5))]
     errors = [(found - expected).abs().max() / expected.abs().max() for found, expected in pairs]
     return torch.stack(errors).max().item()
 

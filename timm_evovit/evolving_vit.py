@@ -72,8 +72,6 @@ class EvolvingVit(EvolvingModel):
         self._truncate_to_depth()  # blocks may have been pruned through the dense model
         super().set_keep_ratio(keep_ratio)
 
-    set_keep_ratio.__doc__ = EvolvingModel.set_keep_ratio.__doc__
-
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> List[int]:
         take_indices = super().prune_intermediate_layers(*args, **kwargs)
         self._truncate_to_depth()

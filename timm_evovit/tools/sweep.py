@@ -170,10 +170,13 @@ def choose(rows: Sequence[Dict[str, Any]], max_drop: float, images: int) -> Tupl
 
 def start(loader: Any) -> Any:
     """An iterator over a loader, whose processes leave Ctrl-C to this one."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes inherit it
-    batches = iter(loader)
-    signal.signal(signal.SIGINT, before)
-    return batches
+    if not hasattr(signal, 'pthread_sigmask'):  # on Windows
+        return iter(loader)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the processes inherit it, this one hears of it later
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @torch.inference_mode()
