@@ -36,21 +36,20 @@ from timm_evovit import AssistedLoss
 
 Data = Tuple[torch.Tensor, torch.Tensor]  # pictures and labels
 DEIT, EVO_DEIT = 'deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224'
+SIMILARITY = {'slow_tokens': 'similarity', 'global_pool': 'token'}
 VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'dense': (DEIT, {}, "timm's DeiT, class token readout"),
     'dense-avg': (DEIT, {'global_pool': 'avg'}, "timm's DeiT, average readout"),
     'dense-4-blocks': (DEIT, {'depth': 4}, "timm's DeiT with half of the blocks"),
-    'dense-width-48': (DEIT, {'embed_dim': 48, 'num_heads': 3}, "timm's DeiT, narrower"),
     'dense-24-pixels': (DEIT, {'img_size': 24}, "timm's DeiT on smaller pictures, 24 pixels of 32"),
     'evo-stage': (EVO_DEIT, {}, 'Evo-DeiT, stage-wise selection, assisted loss'),
     'evo-layer-to-stage': (EVO_DEIT, {}, 'Evo-DeiT, layer-to-stage training, assisted loss'),
     'evo-representative': (EVO_DEIT, {'representative_token': True}, 'Evo-DeiT, stage-wise, representative token'),
-    'evo-similarity': (
-        EVO_DEIT, {'slow_tokens': 'similarity', 'keep_ratio': 0.6, 'global_pool': 'token'},
-        'Evo-DeiT, like patches share a slow token, class token readout'),
+    'evo-similarity': (EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.6}, 'Evo-DeiT, like patches share a slow token'),
+    'evo-similarity-avg': (
+        EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.6, 'global_pool': 'avg'}, 'evo-similarity with average readout'),
     'evo-elastic': (
-        EVO_DEIT, {'slow_tokens': 'similarity', 'keep_ratio': 0.4, 'train_keep_ratio': (0.3, 0.4, 0.5, 0.7, 1.0),
-                   'global_pool': 'token'},
+        EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.4, 'train_keep_ratio': (0.3, 0.4, 0.5, 0.7, 1.0)},
         'evo-similarity trained at five keep ratios, and evaluated at each'),
     'levit': ('levit_128s', {}, "timm's LeViT"),
     'evo-levit': ('evo_levit_128s', {}, 'Evo-LeViT, stage-wise selection, assisted loss'),
@@ -94,9 +93,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f"{' '.join(args.variants)}: each variant once, and one family, DeiT or LeViT, at a time")
     (args.family,) = families
     args.img_size = args.img_size or (32 if args.family == 'deit' else 64)
-    if args.img_size % args.patch_size or args.epochs < 1:
-        parser.error(f'--img-size must be a multiple of {args.patch_size} and --epochs 1 or more, got {args.img_size} '
-                     f'and {args.epochs}')
+    if args.img_size % args.patch_size:
+        parser.error(f'--img-size must be a multiple of {args.patch_size}, got {args.img_size}')
     if args.command == 'train' and not args.dataset and not Path(args.data_dir).is_dir():
         parser.error(f'--data-dir {args.data_dir!r} is no folder, and there is no --dataset')
     return args
@@ -104,18 +102,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 def split_variant(variant: str) -> Tuple[str, Dict[str, float]]:
     """Name, and the keep ratio as an argument of the model if there is one."""
-    name, at, ratio = variant.partition('@')
-    if name not in VARIANTS:
-        raise ValueError(f"{variant}: no such variant, there are {', '.join(VARIANTS)}")
-    if not at:
-        return name, {}
-    try:
-        keep_ratio = float(ratio)
-    except ValueError:
-        keep_ratio = 0.
-    if not name.startswith('evo') or not 0 < keep_ratio <= 1:
-        raise ValueError(f'{variant}: @RATIO is for Evo-ViT and must be in (0, 1], such as evo-stage@0.7')
-    return name, {'keep_ratio': keep_ratio}
+    name, _, ratio = variant.partition('@')
+    if name not in VARIANTS or (ratio and not name.startswith('evo')):
+        raise ValueError(f"{variant}: there are {', '.join(VARIANTS)}, and @RATIO for Evo-ViT, such as evo-stage@0.7")
+    return name, {'keep_ratio': float(ratio)} if ratio else {}
 
 
 def create_model(variant: str, num_classes: int, args: argparse.Namespace) -> torch.nn.Module:
@@ -149,13 +139,11 @@ class Trainer:
             min_lr=1e-5, step_on_epochs=False, updates_per_epoch=updates_per_epoch)
         self.autocast = partial(torch.autocast, args.device.split(':')[0], torch.bfloat16, enabled=bool(args.amp))
 
-    def set_epoch(self, epoch: int) -> None:
-        """Training mode, in the phase of layer-to-stage training that this epoch is in."""
+    def step(self, epoch: int, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Update the model in the phase of layer-to-stage training that this epoch is in. Returns the loss."""
         self.model.train()
         if hasattr(self.model, 'set_epoch'):
             self.model.set_epoch(epoch)
-
-    def step(self, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         with self.autocast():
             output = self.model(images)
         output = tuple(x.float() for x in output) if isinstance(output, tuple) else output.float()
@@ -167,6 +155,7 @@ class Trainer:
 
     @torch.inference_mode()
     def infer(self, images: torch.Tensor) -> torch.Tensor:
+        self.model.eval()
         with self.autocast():
             return self.model(images).float()
 
@@ -214,7 +203,6 @@ def batches(
 
 def evaluate(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> Tuple[float, float, torch.Tensor]:
     """Top-1 in percent, cross entropy and predicted classes."""
-    trainer.model.eval()
     logits = torch.cat([trainer.infer(normalize(batch, trainer.img_size)).cpu() for batch in images.split(256)])
     predictions = logits.argmax(1)
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
@@ -225,6 +213,14 @@ def pack(classes: torch.Tensor, num_classes: int) -> str:
     """Class indices as text: base64 of the zlib-compressed bytes, one per picture, two of more than 256 classes."""
     dtype = np.uint8 if num_classes <= 256 else np.dtype('<u2')
     return base64.b64encode(zlib.compress(classes.numpy().astype(dtype).tobytes(), 9)).decode()
+
+
+def right(run: Dict[str, Any]) -> np.ndarray:
+    """100 for each picture that is classified rightly, 0 for the others."""
+    dtype = np.uint8 if run['num_classes'] <= 256 else np.dtype('<u2')
+    predictions, labels = (
+        np.frombuffer(zlib.decompress(base64.b64decode(run[key])), dtype) for key in ('predictions', 'labels'))
+    return 100. * (predictions == labels)
 
 
 def configuration(args: argparse.Namespace) -> Dict[str, Any]:
@@ -262,11 +258,10 @@ def train_one(variant: str, seed: int, data: Dict[str, Data], args: argparse.Nam
         trainer.optimizer.load_state_dict(state['optimizer'])
         report.update(state['report'])
     for epoch in range(len(report['top1']), args.epochs):
-        trainer.set_epoch(epoch)
         losses = []
         for i, (images, target) in enumerate(batches(*data['train'], epoch, seed, args), epoch * updates_per_epoch + 1):
             trainer.scheduler.step_update(i)
-            losses.append(trainer.step(normalize(images, trainer.img_size), target))
+            losses.append(trainer.step(epoch, normalize(images, trainer.img_size), target))
         report['train_loss'].append(torch.stack(losses).mean().item())
         top1, loss, predictions = evaluate(trainer, *data['validation'])
         report['top1'].append(top1)
@@ -304,21 +299,12 @@ def measure(args: argparse.Namespace) -> None:
     pictures = torch.randint(256, (args.batch_size, args.img_size, args.img_size, 3), dtype=torch.uint8)
     images = {v: normalize(pictures.to(args.device), trainer.img_size) for v, trainer in trainers.items()}
     target = torch.randint(10, (args.batch_size,), device=args.device)
-
-    def train_step(variant: str, epoch: int) -> None:
-        trainers[variant].set_epoch(epoch)
-        trainers[variant].step(images[variant], target)
-
-    def inference_step(variant: str) -> None:
-        trainers[variant].model.eval()
-        trainers[variant].infer(images[variant])
-
-    steps: Dict[Tuple[str, str], Callable[[], None]] = {}
+    steps: Dict[Tuple[str, str], Callable[[], Any]] = {}
     for variant, trainer in trainers.items():
-        steps[variant, 'train'] = partial(train_step, variant, args.epochs - 1)
-        steps[variant, 'inference'] = partial(inference_step, variant)
+        steps[variant, 'train'] = partial(trainer.step, args.epochs - 1, images[variant], target)
+        steps[variant, 'inference'] = partial(trainer.infer, images[variant])
         if getattr(trainer.model, 'layer_to_stage_epochs', 0):
-            steps[variant, 'first'] = partial(train_step, variant, 0)
+            steps[variant, 'first'] = partial(trainer.step, 0, images[variant], target)
     times = harness.time_in_turns(steps, args.rounds, warmup=1, seconds=0.5, device=args.device)
     results = {}
     for variant, trainer in trainers.items():
@@ -331,6 +317,25 @@ def measure(args: argparse.Namespace) -> None:
     harness.write(args.output / f'{name}.json', {
         **harness.made_with('accuracy', args.argv, args.device), 'configuration': configuration(args),
         'baseline': args.variants[0], 'seconds_per_image': results})
+
+
+def rows(report: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """What a report is of, with the configuration: a run, or each variant that was timed, over the baseline."""
+    times, found = report.get('seconds_per_image'), {**report['configuration'], **report}
+    if times is None:
+        return [found]
+    return [{**found, 'variant': variant, **{
+        what: harness.summarize(seconds, times[report['baseline']][what], 1) for what, seconds in measured.items()}}
+        for variant, measured in times.items()]
+
+
+def title(run: Dict[str, Any]) -> Tuple[str, str]:
+    """Model and training of a run, and its number format."""
+    model = 'LeViT, widths {}, {}, {}, stem s8'.format(*(run['width'] * i for i in (1, 2, 3)))
+    if run['family'] == 'deit':
+        model = 'DeiT, width {width}, depth {depth}, {heads} heads, patch {patch_size}'.format_map(run)
+    return (model + ', {img_size} x {img_size}: {epochs} epochs, lr {lr:g}'.format_map(run),
+            f"{run['amp'] or 'float32'}, {'explicit' if run['no_fused_attn'] else 'fused'} attention")
 
 
 def main(argv: Optional[List[str]] = None) -> None:

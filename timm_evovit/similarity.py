@@ -59,22 +59,21 @@ def checkerboard(position: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def product(a: torch.Tensor, b: torch.Tensor, base: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """a @ b, (B, n, m) and (B, m, C), added to `base` (B, n, C) if there is one, with autocast off."""
+    """a @ b, (B, n, m) and (B, m, C), with autocast off. It is added to `base` (B, n, C), in place, if there is one."""
     # torch.export would guard the sizes of a @ b
     if torch.jit.is_scripting():  # its autocast takes a constant device only
-        return a.bmm(b) if base is None else torch.baddbmm(base, a, b)
+        return a.bmm(b) if base is None else base.baddbmm_(a, b)
     with torch.autocast('cpu' if a.is_meta else a.device.type, enabled=False):  # meta has none
-        return a.bmm(b) if base is None else torch.baddbmm(base, a, b)
+        return a.bmm(b) if base is None else base.baddbmm_(a, b)
 
 
 @torch.fx.wrap
-def add_tokens(x: torch.Tensor, token_idx: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """Add `update` (B, R, C) to tokens of x (B, N, C), by index (B, R). Indices may repeat, or be N for none.
+def take_and_add(x: torch.Tensor, token_idx: torch.Tensor, adds: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, M, C) of x (B, N, C), by index (B, M), plus of `update` (B, R, C) those that `adds` (B, M, R) names.
 
     A product is faster than scatter_add for few tokens.
     """
-    adds = torch.arange(x.shape[1], device=x.device).unsqueeze(1) == token_idx.unsqueeze(1)
-    return product(adds.to(update.dtype), update, x.to(update.dtype))
+    return product(adds.to(update.dtype), update, take_tokens(x, token_idx).to(update.dtype)).to(x.dtype)
 
 
 @torch.fx.wrap
@@ -108,14 +107,12 @@ def match_tokens(
 
 
 class Grouping(NamedTuple):
-    """A sequence divided by one round of matching, which joins up to R tokens to others."""
-    slow: torch.Tensor  # (B, M, C) the prefix and slow tokens made of it, means over patches
+    """How one round of matching divides a sequence: up to R tokens are joined to others."""
     slow_idx: torch.Tensor  # (B, N) slow token of each token
     member_idx: torch.Tensor  # (B, M) for each slow token the token that others are joined to
     joined_idx: torch.Tensor  # (B, R) tokens that are joined to another, N where there are fewer
     target_idx: torch.Tensor  # (B, R) slow tokens that they are joined to
-    difference: torch.Tensor  # (B, R, C) their difference from the other token
-    change: torch.Tensor  # (B, R, C) what they change of the slow token
+    restoration: torch.Tensor  # (B, 2 * R, C) what they differ from the other token, and take from the slow token
 
 
 @torch.fx.wrap
@@ -123,7 +120,7 @@ def group_tokens(
         x: torch.Tensor, weights: Optional[torch.Tensor], num_prefix_tokens: int, num_patches: int,
         keep_ratio: Tuple[int, int], num_valid: Optional[torch.Tensor] = None,
         channel_weight: Optional[torch.Tensor] = None, width: Optional[int] = None,
-) -> Tuple[Grouping, torch.Tensor]:
+) -> Tuple[torch.Tensor, torch.Tensor, Grouping]:
     """Join the pairs of lowest cost, in one round of matching. Of equal pairs the earlier one comes first.
 
     Args:
@@ -138,7 +135,7 @@ def group_tokens(
         width: That of the grid, if each token is one patch. Otherwise, or if it is not known, the two sides of the
             matching are every second token.
 
-    Returns the grouping, and the weights of its slow tokens.
+    Returns the prefix and slow tokens (B, M, C), means over patches, their weights, and the grouping.
     """
     B, N, C = x.shape
     P, n = num_prefix_tokens, N - num_prefix_tokens
@@ -195,11 +192,13 @@ def group_tokens(
     share = (part * sizes.gather(1, row)).unsqueeze(2)  # of a token in its mean
     # a mean is shorter than its tokens: by this part, to first order in their distance
     shorter = (part * cost[:, :num_rows].clamp_max(num_patches)).unsqueeze(2)
-    other = take_tokens(x, other_idx).to(dtype)  # half precision would lose a part in a large group
-    difference = take_tokens(x, row) - other
+    # half precision would lose a part in a large group
+    token, other = take_tokens(x, torch.cat([row, other_idx], dim=1)).to(dtype).tensor_split(2, dim=1)
+    difference = token - other
     change = share * difference + shorter * other
-    slow = add_tokens(take_tokens(x, member_idx), target_idx, change).to(x.dtype)
-    return Grouping(slow, slow_idx, member_idx, joined_idx, target_idx, difference, change), slow_weights
+    slow = take_and_add(x, member_idx, position[:M].unsqueeze(1) == target_idx.unsqueeze(1), change)
+    restoration = torch.cat([difference, -change], dim=1)
+    return slow, slow_weights, Grouping(slow_idx, member_idx, joined_idx, target_idx, restoration)
 
 
 @torch.fx.wrap
@@ -244,7 +243,7 @@ class TokenGroups:
     def join(
             self, x: torch.Tensor, keep_ratio: Tuple[int, int], channel_weight: Optional[torch.Tensor]) -> torch.Tensor:
         """Slow tokens of x (B, M, C), after one round of matching towards this ratio of them to patches."""
-        grouping, self.weights = group_tokens(
+        x, self.weights, grouping = group_tokens(
             x, self.weights, self.num_prefix_tokens, self.num_patches, keep_ratio, self.num_valid, channel_weight,
             None if self.groupings else self.width)
         slow_idx, member_idx = grouping.slow_idx, grouping.member_idx
@@ -252,14 +251,15 @@ class TokenGroups:
             slow_idx, member_idx = slow_idx.gather(1, self.slow_idx), self.member_idx.gather(1, member_idx)
         self.slow_idx, self.member_idx = slow_idx, member_idx
         self.groupings.append(grouping)
-        return grouping.slow
+        return x
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Slow tokens (B, M, C), after any number of blocks, to the complete sequence (B, N, C) in raster order."""
-        for _, slow_idx, _, joined_idx, target_idx, difference, change in reversed(self.groupings):
+        for slow_idx, _, joined_idx, target_idx, restoration in reversed(self.groupings):
             # each token before + slow token after the blocks - slow token before, with what changes only
-            slow = take_tokens(add_tokens(x, target_idx, -change), slow_idx)
-            x = add_tokens(slow, joined_idx, difference).to(x.dtype)
+            position = torch.arange(slow_idx.shape[1], device=x.device).unsqueeze(1)
+            adds = [position == joined_idx.unsqueeze(1), slow_idx.unsqueeze(2) == target_idx.unsqueeze(1)]
+            x = take_and_add(x, slow_idx, torch.cat(adds, dim=2), restoration)
         return x
 
     def attn_mask(self, x: torch.Tensor) -> torch.Tensor:
