@@ -1,9 +1,12 @@
-"""On the device that there is: right logits in every type, and nothing that makes the host wait for it."""
+"""On the device that there is: right logits, in every type and in threads, memory, nothing that makes the host wait."""
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import pytest
 import timm
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -92,3 +95,32 @@ def test_a_tensor_on_the_host_is_found():
     with HostTensors() as tensors:
         torch.empty(2, device='meta') * torch.tensor(2.)
     assert 'aten.mul.Tensor' in tensors.found
+
+
+@pytest.mark.parametrize('name', ['evo_vit', 'evo_deit_small', 'evo_levit_256'])
+def test_threads_share_a_model(name):
+    """As in a service: eight threads of Python call one model, and each gets what it would get alone."""
+    torch.manual_seed(0)
+    kwargs = LEVIT if 'levit' in name else DEIT
+    model = timm.create_model(name, **kwargs).eval()
+    batches = [torch.randn(1 + i % 3, 3, kwargs['img_size'], kwargs['img_size']) for i in range(64)]
+    with torch.no_grad():
+        expected = [model(x) for x in batches]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(torch.no_grad()(model), batches))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def peak_memory(model, x):
+    """Bytes of tensors at most, during a forward pass on the CPU."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(x)
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == '[memory]']
+    return max(accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
+
+
+def test_less_memory_than_the_dense_model():
+    """Only what restoration reads is kept until the end, not the slow tokens of each stage."""
+    dense = timm.create_model('vit_tiny_patch16_224', img_size=96, patch_size=8, depth=8).eval()
+    x = torch.randn(2, 3, 96, 96)
+    assert peak_memory(evolve(dense), x) < peak_memory(dense, x)

@@ -105,7 +105,7 @@ def load_model(
     """
     weights, trained = (read_weights(checkpoint, use_ema), read_args(checkpoint)) if checkpoint else ({}, {})
     name = name or trained.get('model', '')
-    check(bool(name), 'The model', 'named, where no args.yaml beside a checkpoint does so', name)
+    check(bool(name), 'The model', 'named (visualize: --model), where no args.yaml beside a checkpoint does so', name)
     size = {'input_size': (3, *to_2tuple(kwargs['img_size']))} if 'img_size' in kwargs else {}
     kwargs = {**trained.get('model_kwargs', {}), **head_args(weights), **kwargs}
     model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
