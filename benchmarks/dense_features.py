@@ -12,9 +12,8 @@ without finding out which one that is, as fast as any code that does can be.
 """
 import argparse
 import copy
-import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import harness
 import numpy as np
@@ -23,6 +22,7 @@ import timm
 import torch
 from skimage.transform import resize
 from sklearn.datasets import load_digits
+from sklearn.metrics import jaccard_score
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -33,7 +33,6 @@ from timm_evovit import evolve
 SIZE = 64
 CLASSES = ('background', 'zero', 'one')
 BACKBONES = ('deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224')
-
 MERGED = (0.5, 0.625, 0.75, 0.875, 0.95)  # parts of the patches that ToMe merges
 
 
@@ -115,20 +114,12 @@ class MergedMaps(nn.Module):
 def without_training(dense: Segmenter, args: argparse.Namespace, trace: bool) -> Dict[str, nn.Module]:
     """The dense model with other backbones, by method."""
     backbones = {f'similarity {ratio}': evolve(dense.backbone, ratio) for ratio in args.similarity}
-    if args.tome:
-        for merged in MERGED:
-            backbones[f'ToMe {merged}'] = MergedMaps(dense.backbone, merged, args.tome, trace)
-    models = {}
-    for name, backbone in backbones.items():
-        models[name] = copy.copy(dense)
-        models[name]._modules = {**dense._modules, 'backbone': backbone.eval()}
+    for merged in MERGED if args.tome else ():
+        backbones[f'ToMe {merged}'] = MergedMaps(dense.backbone, merged, args.tome, trace)
+    models = {name: copy.copy(dense) for name in backbones}
+    for name, model in models.items():
+        model._modules = {**dense._modules, 'backbone': backbones[name].eval()}
     return models
-
-
-def iou(predicted: torch.Tensor, labels: torch.Tensor) -> List[float]:
-    """Intersection over union of each class, in percent."""
-    pairs = [(predicted == c, labels == c) for c in range(len(CLASSES))]
-    return [100 * (a & b).sum().item() / (a | b).sum().item() for a, b in pairs]
 
 
 def train(seed: int, args: argparse.Namespace) -> Dict[str, Segmenter]:
@@ -141,7 +132,7 @@ def train(seed: int, args: argparse.Namespace) -> Dict[str, Segmenter]:
         schedulers[name] = torch.optim.lr_scheduler.OneCycleLR(optimizers[name], 2e-3, total_steps=args.steps)
     scenes = Scenes(slice(0, 1437), seed)
     for _ in tqdm(range(args.steps), f'seed {seed}', unit='step', disable=None):
-        x, y = scenes.batch(args.batch_size)
+        x, y = scenes.batch(16)
         for name, model in models.items():
             F.cross_entropy(model(x), y).backward()
             optimizers[name].step()
@@ -150,10 +141,9 @@ def train(seed: int, args: argparse.Namespace) -> Dict[str, Segmenter]:
     return models
 
 
-def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
+def main(argv: Optional[List[str]] = None) -> None:
     parser = harness.parser(__doc__)
     parser.add_argument('--steps', type=int, default=400)
-    parser.add_argument('--batch-size', type=int, default=16)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     parser.add_argument('--images', type=int, default=256, help='number of images to validate on')
     parser.add_argument('--rounds', type=int, default=9)
@@ -173,14 +163,12 @@ def main(argv: Optional[List[str]] = None) -> Dict[str, Any]:
             times = harness.time_in_turns(
                 {name: lambda model=model: model(images[:64]) for name, model in timed.items()}, args.rounds, 1, 0.)
         for name in models:
-            values = iou(predicted[name], labels)
-            row = {
+            iou = 100 * jaccard_score(labels.flatten(), predicted[name].flatten(), labels=(0, 1, 2), average=None)
+            report.add({
                 'model': name, 'baseline': BACKBONES[0], 'seed': seed, 'steps': args.steps,
-                'iou': dict(zip(CLASSES, values)), 'mean_iou': statistics.mean(values),
+                'iou': dict(zip(CLASSES, iou.tolist())), 'mean_iou': iou.mean().item(),
                 'multiply_adds': harness.multiply_adds(timed[name], (3, SIZE, SIZE)),
-                **harness.summarize(times[name], times[BACKBONES[0]], min(64, args.images))}
-            report.add(row)
-    return report.data
+                **harness.summarize(times[name], times[BACKBONES[0]], min(64, args.images))})
 
 
 if __name__ == '__main__':

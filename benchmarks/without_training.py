@@ -9,12 +9,9 @@
     python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --finetune 2 \\
         --similarity 0.6 --attention 0.5 --pictures --blocks --output benchmarks/results/finetuned.json
 
-Accuracy is that of dense models which accuracy.py has trained, on all validation pictures of --data-dir, and the
-Kullback-Leibler divergence of predictions from the dense model's. Speed is measured on DeiT-S with random weights and
-on the first checkpoint, all methods in turns: run it when the machine has nothing else to do, with the variables of
-speed.py that keep memory in the allocator. Methods are compared at their share of the dense model's multiply-adds. The
-authors of ToMe and PiToMe write attention out: `fused` is their method with the fused one that all others use. What a
-user would do instead is a dense model of fewer blocks, or the same one on smaller pictures.
+Accuracy is that of dense models which accuracy.py has trained. Speed is measured on DeiT-S with random weights and on
+the first checkpoint, all methods in turns: run it when the machine has nothing else to do, with the variables of
+docs/speed.md that keep memory in the allocator. docs/evolve.md describes the methods.
 
 Checkouts are those of github.com/facebookresearch/ToMe, /hchautran/PiToMe and /youweiliang/evit.
 """
@@ -45,8 +42,8 @@ KEPT = (0.8, 0.7, 0.6, 0.5)  # parts of the patches that EViT keeps, three times
 
 
 def methods(dense: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
-    """Models by method and setting."""
-    models = {f'similarity {ratio}': evolve(dense, ratio) for ratio in args.similarity}
+    """Models by method and setting, the dense one first."""
+    models = {'dense': dense, **{f'similarity {ratio}': evolve(dense, ratio) for ratio in args.similarity}}
     models.update({f'attention {ratio}': evo_deit(dense, ratio) for ratio in args.attention})
     for name, create, checkout, settings in (
             ('ToMe', tome, args.tome, MERGED), ('PiToMe', pitome, args.pitome, LEFT), ('EViT', evit, args.evit, KEPT)):
@@ -55,7 +52,9 @@ def methods(dense: nn.Module, args: argparse.Namespace) -> Dict[str, nn.Module]:
     for name in [name for name in models if args.fused and name.startswith(('ToMe', 'PiToMe'))]:
         models[name.replace(' ', ', fused ')] = fused(models[name])
     models.update({f'smaller pictures {part}': smaller_pictures(dense, part) for part in args.pictures})
-    models.update({f'fewer blocks {part}': fewer_blocks(dense, part) for part in args.blocks})
+    for part in args.blocks:
+        model = models[f'fewer blocks {part}'] = copy.deepcopy(dense)
+        model.blocks = model.blocks[:round(part * len(model.blocks))]
     return models
 
 
@@ -83,19 +82,12 @@ def smaller_pictures(dense: nn.Module, part: float) -> nn.Module:
     return model
 
 
-def fewer_blocks(dense: nn.Module, part: float) -> nn.Module:
-    model = copy.deepcopy(dense)
-    model.blocks = model.blocks[:round(part * len(model.blocks))]
-    return model
-
-
 def evo_deit(dense: nn.Module, keep_ratio: float) -> nn.Module:
     """The paper's Evo-DeiT with its representative token and the weights of a DeiT."""
     model = timm.create_model(
         'evo_deit_tiny_patch16_224', img_size=dense.patch_embed.img_size, patch_size=dense.patch_embed.patch_size,
-        in_chans=dense.in_chans, num_classes=dense.num_classes, global_pool=dense.global_pool,
-        embed_dim=dense.embed_dim, depth=len(dense.blocks), num_heads=dense.blocks[0].attn.num_heads,
-        drop_path_rate=getattr(dense.blocks[-1].drop_path1, 'drop_prob', 0.),
+        num_classes=dense.num_classes, global_pool=dense.global_pool, embed_dim=dense.embed_dim,
+        depth=len(dense.blocks), num_heads=dense.blocks[0].attn.num_heads,
         slow_tokens='attention', keep_ratio=keep_ratio, representative_token=True, assisted_cls=False)
     model.load_state_dict(dense.state_dict())
     return model.eval()
@@ -148,11 +140,8 @@ def evit(dense: nn.Module, kept: float, checkout: Path) -> nn.Module:
 
 
 def import_from(folder: Path, name: str) -> types.ModuleType:
-    sys.path.insert(0, str(folder))
-    try:
+    with mock.patch.object(sys, 'path', [str(folder), *sys.path]):
         return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(folder))
 
 
 def share(model: nn.Module, dense: nn.Module) -> float:
@@ -190,49 +179,43 @@ def compare(found: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> D
                 kl=divergence.mean().item(), kl_error=divergence.std().item() / len(lost) ** 0.5)
 
 
-def name_of(checkpoint: Path) -> str:
-    return checkpoint.name.rpartition('-')[0]
+def finetune(model: nn.Module, data: accuracy.Data, report: Row, settings: argparse.Namespace) -> None:
+    """Train a model for more epochs from its checkpoint, with the batches that all models get."""
+    updates_per_epoch = len(data[1]) // settings.batch_size
+    trainer = accuracy.Trainer(model, updates_per_epoch, settings)
+    torch.manual_seed(report['seed'])
+    for epoch in range(settings.epochs):
+        batches = accuracy.batches(*data, len(report['top1']) + epoch, report['seed'], settings)
+        for update, (batch, target) in enumerate(batches, epoch * updates_per_epoch):
+            trainer.scheduler.step_update(update)
+            trainer.step(epoch, accuracy.normalize(batch), target)
 
 
 def measure_accuracy(checkpoint: Path, args: argparse.Namespace) -> Iterator[Row]:
+    """Of the dense model and each method, after --finetune more epochs."""
     dense, report, settings = load(checkpoint, args)
+    vars(settings).update(epochs=args.finetune, lr=3e-4, warmup_epochs=0)
     images, labels = accuracy.load_pictures('validation', settings)
-    expected = predict(dense, images)
-    for method, model in {'dense': dense, **methods(dense, args)}.items():
-        yield dict(
-            model=name_of(checkpoint), method=method, share=share(model, dense), epochs=len(report['top1']),
-            images=len(labels), **compare(predict(model, images), expected, labels))
-
-
-def finetune(checkpoint: Path, args: argparse.Namespace) -> Iterator[Row]:
-    """Train the dense model and each method for more epochs, all from the checkpoint and with the same batches."""
-    dense, report, settings = load(checkpoint, args)
-    set_fused_attn(not settings.no_fused_attn)
-    vars(settings).update(epochs=args.finetune, lr=args.lr, warmup_epochs=0)
-    train, (images, labels) = (accuracy.load_pictures(split, settings) for split in ('train', 'validation'))
-    updates_per_epoch = len(train[1]) // settings.batch_size
-    expected = None
-    for method in ['dense', *methods(dense, args)]:
-        dense, *_ = load(checkpoint, args)  # evolve shares its parameters with the model that it returns
-        model = {'dense': dense, **methods(dense, args)}[method]
-        before = 100 * (predict(model.eval(), images).argmax(dim=1) == labels).double().mean().item()
-        trainer = accuracy.Trainer(model, updates_per_epoch, settings)
-        torch.manual_seed(report['seed'])
-        for epoch in range(args.finetune):
-            trainer.set_epoch(epoch)
-            data = accuracy.batches(*train, len(report['top1']) + epoch, report['seed'], settings)
-            for update, (batch, target) in enumerate(data, epoch * updates_per_epoch):
-                trainer.scheduler.step_update(update)
-                trainer.step(accuracy.normalize(batch), target)
-        found = predict(model.eval(), images)
+    if args.finetune:
+        set_fused_attn(not settings.no_fused_attn)
+        dense, *_ = load(checkpoint, args)
+        train = accuracy.load_pictures('train', settings)
+    name, expected = checkpoint.name.rpartition('-')[0], None
+    for method, model in methods(dense, args).items():
+        found = predict(model, images)
+        row = dict(model=name, method=method, share=share(model, dense), images=len(labels))
+        if args.finetune:
+            before = 100 * (found.argmax(dim=1) == labels).double().mean().item()
+            row.update(before=before, epochs=settings.epochs, lr=settings.lr)
+            model = copy.deepcopy(model)  # evolve shares its parameters with the model that it returns
+            finetune(model, train, report, settings)
+            found = predict(model.eval(), images)
         expected = found if expected is None else expected
-        yield dict(
-            model=name_of(checkpoint), method=method, share=share(model, dense), before=before,
-            epochs=args.finetune, lr=args.lr, images=len(labels), **compare(found, expected, labels))
+        yield {**row, **compare(found, expected, labels)}
 
 
 def measure_speed(dense: nn.Module, name: str, batch_size: int, args: argparse.Namespace) -> Iterator[Row]:
-    models = {'dense': dense, **methods(dense, args)}
+    models = methods(dense, args)
     images = torch.randn(batch_size, dense.in_chans, *dense.patch_embed.img_size)
     with torch.inference_mode():
         steps = {method: lambda model=model: model(images) for method, model in models.items()}
@@ -255,20 +238,17 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--pictures', type=float, nargs='*', default=[0.875, 0.75], help='parts of their side')
     parser.add_argument('--blocks', type=float, nargs='*', default=[0.75, 0.625], help='parts of the blocks')
     parser.add_argument('--finetune', type=int, default=0, metavar='EPOCHS', help='train by every method, time nothing')
-    parser.add_argument('--lr', type=float, default=3e-4, help='of --finetune')
     parser.add_argument('--rounds', type=int, default=7, help='rounds of timing, 0 for none')
     parser.add_argument('--time-only', action='store_true', help='no accuracy')
     args = parser.parse_args(argv)
-    if args.checkpoints and not args.data_dir:
-        parser.error('--data-dir is needed to evaluate checkpoints')
     report = harness.Report('without_training', args.output, argv=argv)
     for checkpoint in args.checkpoints if not args.time_only else ():
-        for row in (finetune if args.finetune else measure_accuracy)(checkpoint, args):
+        for row in measure_accuracy(checkpoint, args):
             report.add(row)
     if args.rounds and not args.finetune:
         report.add(*measure_speed(timm.create_model(DEIT_S).eval(), DEIT_S, 32, args))
         for checkpoint in args.checkpoints[:1]:
-            report.add(*measure_speed(load(checkpoint, args)[0], name_of(checkpoint), 128, args))
+            report.add(*measure_speed(load(checkpoint, args)[0], checkpoint.name.rpartition('-')[0], 128, args))
 
 
 if __name__ == '__main__':

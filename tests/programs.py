@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES, BENCHMARKS, STANDINS = ROOT / 'examples', ROOT / 'benchmarks', ROOT / 'tests' / 'standins'
+EXAMPLES, BENCHMARKS = ROOT / 'examples', ROOT / 'benchmarks'
 TIMM_REPO = Path(os.environ.get('TIMM_REPO', '')).resolve()
 needs_timm_repo = pytest.mark.skipif(
     'TIMM_REPO' not in os.environ, reason="timm's scripts are only in its repository, set TIMM_REPO to a checkout")

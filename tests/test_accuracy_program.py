@@ -78,8 +78,8 @@ def test_all_variants_train_and_are_timed(pictures, tmp_path, capsys):
     names = deit + levit + [f'evo-elastic@{ratio}' for ratio in ('0.3', '0.5', '0.7', '1')]  # evaluated at each ratio
     assert len(results) == len(names)
     for r in results.values():
-        assert r['top1'][-1] == pytest.approx(report.right(r).mean(), abs=1e-4)
-        assert len(report.right(r)) == 24
+        assert r['top1'][-1] == pytest.approx(accuracy.right(r).mean(), abs=1e-4)
+        assert len(accuracy.right(r)) == 24
     accuracy.main(['time', 'dense', 'evo-layer-to-stage', '--epochs', '1', *SMALL, '--amp', 'bfloat16', '--no-fused-attn',
                    '--rounds', '1', '--output', str(tmp_path / 'results')])
     capsys.readouterr()
@@ -95,7 +95,7 @@ def test_trained_models_evolve(pictures, tmp_path):
     args = [
         str(checkpoint), '--data-dir', str(pictures), '--rounds', '0', '--similarity', '1', '0.5', '--attention', '1',
         '--pictures', '1', '--blocks', '1']
-    for name, more in (('without', []), ('finetuned', ['--finetune', '2', '--lr', '0.1'])):
+    for name, more in (('without', []), ('finetuned', ['--finetune', '2'])):
         without_training.main([*args, *more, '--output', str(tmp_path / name)])
         rows = json.loads((tmp_path / name).read_text())['rows']
         assert [r['method'] for r in rows] == [
@@ -139,38 +139,44 @@ def test_batches():
 
 
 def test_intervals():
-    """Against a printed table of Student's t, and McNemar's variance written out in counts."""
-    low, high = report.interval([1., 2., 4.])
+    """Over seeds against a printed table of Student's t, over images against McNemar's variance written out in counts."""
+    configuration = {**accuracy.SETTINGS, 'family': 'deit', 'img_size': 32, 'epochs': 1, 'amp': '', 'no_fused_attn': False}
+
+    def run(variant, seed, labels, predictions):
+        return {**configuration, 'variant': variant, 'seed': seed, 'finished': True, 'num_classes': 300, 'top1': [0],
+                'labels': accuracy.pack(labels, 300), 'predictions': accuracy.pack(predictions, 300)}
+
+    zeros = torch.zeros(100, dtype=torch.long)
+    runs = [run('dense', seed, zeros, zeros + 299) for seed in range(3)]  # none of them is right
+    ((_, evo),) = report.compare([
+        *runs, *(run('evo-stage', seed, zeros, (torch.arange(100) >= count) * 299) for seed, count in enumerate((1, 2, 4)))
+    ]).values()
+    low, high = evo['over_seeds']
     assert ((low + high) / 2, (high - low) / 2) == pytest.approx((7 / 3, 4.3027 * math.sqrt(7 / 3) / math.sqrt(3)), rel=1e-4)
-    assert report.interval([1.]) is None
+    assert evo['gained'] == pytest.approx(7 / 3)
 
     generator = torch.Generator().manual_seed(0)
     labels, one, two = torch.randint(300, (3, 500), generator=generator)
     one[:350], two[100:400] = labels[:350], labels[100:400]
-    configuration = {**accuracy.SETTINGS, 'family': 'deit', 'img_size': 32, 'epochs': 1, 'amp': '', 'no_fused_attn': False}
-    rows = [{**configuration, 'of': {
-        'variant': variant, 'seed': 0, 'finished': True, 'configuration': configuration, 'num_classes': 300, 'top1': [0],
-        'labels': accuracy.pack(labels, 300), 'predictions': accuracy.pack(predictions, 300)}}
-        for variant, predictions in (('dense', two), ('evo-stage', one))]
-    (variants,) = report.compare(rows).values()
-    low, high = variants['evo-stage']['over_images']
+    rows = [run('dense', 0, labels, two), run('evo-stage', 0, labels, one)]
+    ((_, evo),) = report.compare(rows).values()
+    low, high = evo['over_images']
     gained = ((one == labels) & (two != labels)).sum().item()
     lost = ((one != labels) & (two == labels)).sum().item()
     half = 1.96 * math.sqrt(gained + lost - (gained - lost) ** 2 / 500) / 500
+    assert 'over_seeds' not in evo
     assert (low + high) / 2 == pytest.approx(100 * (gained - lost) / 500)
     assert (high - low) / 2 == pytest.approx(100 * half, rel=4e-3)
-    rows[0]['of']['labels'] = rows[0]['of']['predictions']
+    rows[0]['labels'] = rows[0]['predictions']
     with pytest.raises(ValueError, match='different pictures'):
         report.compare(rows)
 
 
 @pytest.mark.parametrize('args, message', [
-    (['train', 'evo'], 'no such variant'),
-    (['train', 'dense@0.5'], 'is for Evo-ViT'),
-    (['train', 'evo-stage@1.5'], 'must be in'),
+    (['train', 'evo'], 'evo: there are dense, '),
+    (['train', 'dense@0.5'], '@RATIO for Evo-ViT'),
     (['train', 'dense', 'levit'], 'one family, DeiT or LeViT, at a time'),
-    (['train', 'dense', '--epochs', '0'], '--epochs 1 or more, got 32 and 0'),
-    (['train', 'dense', '--img-size', '33'], '--img-size must be a multiple of 8'),
+    (['train', 'dense', '--img-size', '33'], '--img-size must be a multiple of 8, got 33'),
     (['train', 'dense', '--data-dir', 'nowhere'], "'nowhere' is no folder"),
 ])
 def test_errors(args, message, capsys):
@@ -181,11 +187,12 @@ def test_errors(args, message, capsys):
 
 def test_figures_in_the_readme():
     """Those in its sentences. test_benchmarks.py compares tables with the results."""
-    rows = report.read(report.RESULTS, 'accuracy/', img_size='32', epochs='25')
-    variants = report.compare(rows)[report.title({**rows[0], 'amp': 'bfloat16', 'no_fused_attn': True})]
+    rows = report.read('accuracy family=deit img_size=32 epochs=25', report.RESULTS)
+    (found,) = report.compare(rows).values()
+    variants = {v['variant']: v for v in found}
     top1 = {name: f"{statistics.mean(v['top1']):.2f} %" for name, v in variants.items()}
-    speed = {name: f"{variants[name]['timed']['inference']['speed_up']:.2f}" for name in ('evo-elastic', 'evo-elastic@0.3')}
-    lost = -statistics.mean(variants['evo-stage']['differences'])
+    speed = {name: f"{variants[name]['inference']['speed_up']:.2f}" for name in ('evo-elastic', 'evo-elastic@0.3')}
+    lost = -variants['evo-stage']['gained']
     figures = [
         f"{top1['evo-elastic@1']} at keep ratio 1", f"{top1['evo-elastic']} at 0.4", f"{top1['evo-elastic@0.3']} at 0.3",
         f"{speed['evo-elastic']} and {speed['evo-elastic@0.3']} times as fast as the dense model",
