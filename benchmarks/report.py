@@ -45,7 +45,7 @@ TOP1 = {  # ImageNet-1k in the papers; LeViT's of 1000 epochs, Evo-LeViT's of 30
 }
 RUNTIMES = {  # of files, by how their names end
     '.dynamic.onnx': 'ONNX Runtime, 8 bits, dynamic', '.int8.onnx': 'ONNX Runtime, 8 bits, static',
-    '.onnx': 'ONNX Runtime', '.int8.xml': 'OpenVINO, 8 bits, static', '.xml': 'OpenVINO'}
+    '.onnx': 'ONNX Runtime', '.int8.xml': 'OpenVINO, 8 bits, static', '.xml': 'OpenVINO', '': 'PyTorch'}
 LINES = {  # of the plot of accuracy.py, by what they are called
     'similarity, trained at each keep ratio': ('dense', *(f'evo-similarity@{r}' for r in (0.4, 0.3, 0.2))),
     'similarity, one model for all': tuple(f'evo-elastic{r}' for r in ('@1', '@0.7', '@0.5', '', '@0.3')),
@@ -130,17 +130,24 @@ def setting(row: Row) -> str:
     return ', '.join(filter(None, words))
 
 
-def deploy_speed_table(rows: List[Row]) -> str:
-    """Speed-up of files by batch size, in the order of names and runtimes."""
+def deployed(rows: List[Row]) -> List[Row]:
+    """Rows in the order of models, runtimes and batch sizes, with names of the first two."""
     for r in rows:
         suffix = next(suffix for suffix in RUNTIMES if r['model'].endswith(suffix))
-        r.update(name=Path(r['model']).name.removesuffix(suffix), runtime=RUNTIMES[suffix])
+        model = '{base}-{keep_ratio}'.format_map(r['model_kwargs']) if r['model_kwargs'] else r['model']
+        runtime = RUNTIMES[suffix] + (', compiled' if r['compile'] else '')
+        r.update(name=Path(model).name.removesuffix(suffix), runtime=runtime)
+    return sorted(rows, key=itemgetter('name', 'runtime', 'batch_size'))
+
+
+def deploy_speed_table(rows: List[Row]) -> str:
+    """Speed-up by batch size."""
     return measured({
         'model': '`{name}`', 'in': '{runtime}',
         **{f'batch of {b}': lambda r, b=b: SPEED_UP.format_map(r) if r['batch_size'] == b else '' for b in (1, 8, 32)},
         'ms per picture at these, dense / this': lambda r: ' / '.join(
             f"{1000 / x['images_per_second']:.0f}" for x in (r['dense'], r)),
-    }, sorted(rows, key=itemgetter('name', 'runtime', 'batch_size')), key=itemgetter('model'))
+    }, deployed(rows), key=itemgetter('name', 'runtime'))
 
 
 def without_training_table(rows: List[Row]) -> str:
@@ -270,6 +277,23 @@ def speed_plot(rows: List[Row]) -> Figure:
     return axis.figure
 
 
+def deploy_speed_plot(rows: List[Row]) -> Figure:
+    """Speed-up of each model in each runtime by batch size, and the ratio of multiply-adds."""
+    figure = Figure(figsize=(9, 5.2), layout='constrained')
+    axes = figure.subplots(2, 3, sharex=True, sharey=True)
+    for axis, (name, of) in zip(axes.flat, grouped(deployed(rows), itemgetter('name')).items()):
+        for batch_size, marker in ((1, 'o'), (8, 's'), (32, '^')):
+            found = [(r['speed_up'], r['runtime']) for r in of if r['batch_size'] == batch_size]
+            axis.plot(*zip(*found), marker, mfc='none', label=f'batch of {batch_size}')
+        axis.axvline(next(r['ratio'] for r in of if 'ratio' in r), color='C3', label='ratio of multiply-adds')
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0, 0].invert_yaxis()
+    figure.supxlabel('times as fast as the dense model in the same runtime')
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=4, frameon=False)
+    return figure
+
+
 def without_training_plot(rows: List[Row]) -> Figure:
     """Points of top-1 that trained models lose against measured speed-up, by method."""
     timed = {r['method']: r['speed_up'] for r in rows if 'speed_up' in r and not r['model'].startswith('dense')}
@@ -322,12 +346,16 @@ TABLES: Dict[str, Callable[[List[Row]], str]] = {
     'deploy-accuracy': partial(measured, {
         'model': '{model}', 'in': '{method}', 'top-1 %': '{top1:.2f}', 'points lost': LOST,
         'divergence, thousandths': '{kl:.1f}', 'pairs as in float32': '{same_pairs:.1f} %'}),
+    'service': partial(measured, {
+        'model': '`{model}`', '': '{model_kwargs[base]}', 'processes': '{processes}', 'threads of each': '{threads}',
+        'callers of each': '{callers}', 'busy processes beside': '{busy}', 'speed-up (lowest - highest)': SPEED_UP,
+        'img/s, dense / this': '{dense_images_per_second:.3g} / {images_per_second:.3g}'}),
     'deploy-speed': deploy_speed_table, 'without_training': without_training_table, 'models': models_table,
     'families': families_table, 'accuracy': accuracy_table, 'accuracy_speed': accuracy_speed_table,
     'sweep': lambda rows: f"```text\n{sweep.table(rows[0]['of']['rows'])}\n\n{sweep.describe(rows[0]['of'])}\n```"}
 PLOTS: Dict[str, Callable[[List[Row]], Figure]] = {
     'speed': speed_plot, 'without_training': without_training_plot, 'accuracy': accuracy_plot,
-    'sweep': lambda rows: sweep.plot(rows[0]['of'])}
+    'deploy-speed': deploy_speed_plot, 'sweep': lambda rows: sweep.plot(rows[0]['of'])}
 
 
 def fill(page: Path) -> str:
