@@ -52,11 +52,9 @@ class _Finder:
             return spec
 
 
-def _watch() -> None:
-    if _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
-
-
 def autoload() -> None:
     """Load the plugins once `timm.models` is imported. PyTorch calls this, once per process."""
-    _guard('timm plugins', _load_plugins if TARGET in sys.modules else _watch)
+    if TARGET in sys.modules:
+        _guard('timm plugins', _load_plugins)
+    elif _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)

@@ -41,6 +41,7 @@ VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'dense': (DEIT, {}, "timm's DeiT, class token readout"),
     'dense-avg': (DEIT, {'global_pool': 'avg'}, "timm's DeiT, average readout"),
     'dense-4-blocks': (DEIT, {'depth': 4}, "timm's DeiT with half of the blocks"),
+    'dense-width-48': (DEIT, {'embed_dim': 48, 'num_heads': 3}, "timm's DeiT, narrower"),
     'dense-24-pixels': (DEIT, {'img_size': 24}, "timm's DeiT on smaller pictures, 24 pixels of 32"),
     'evo-stage': (EVO_DEIT, {}, 'Evo-DeiT, stage-wise selection, assisted loss'),
     'evo-layer-to-stage': (EVO_DEIT, {}, 'Evo-DeiT, layer-to-stage training, assisted loss'),

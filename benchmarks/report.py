@@ -112,18 +112,20 @@ def table(columns: Dict[str, Column], rows: List[Row], key: Callable[[Row], Any]
 def measured(columns: Dict[str, Column], rows: List[Row], key: Callable[[Row], Any] = id) -> str:
     """A table, and below it one sentence per result file: hardware, versions, commit."""
     lines = []
-    for of in (row['of'] for row in rows):
+    for of in (row['of'] for row in rows if 'of' in row):
         m, v, commit = of['machine'], of['versions'], (of['commit'] or 'unknown')[:10]
         where = m['gpu'] or f"{m['cpu']} ({m['instructions']}), {m['threads']} of {m['cores']} cores"
         memory = ', memory kept by the allocator' if 'MALLOC_TRIM_THRESHOLD_' in of['environment'] else ''
-        lines.append(f"{where}{memory}; torch {v['torch']}, timm {v['timm']}, {of['date']}, commit {commit}.")
+        date = of.get('date', 'no date')
+        lines.append(f"{where}{memory}; torch {v['torch']}, timm {v['timm']}, {date}, commit {commit}.")
     return '\n'.join([table(columns, rows, key), '', *dict.fromkeys(lines)])
 
 
 def setting(row: Row) -> str:
     """How a model was run, where it differs from inference in float32."""
     words = [
-        'training step' if row['mode'] == 'train' else '', row['dtype'].replace('float32', ''),
+        {'train': 'training step', 'blocks': 'the blocks alone'}.get(row['mode'], ''),
+        row['dtype'].replace('float32', ''),
         'compiled' if row['compile'] else '', (row['compile'] or '').replace('default', ''),
         '{img_size} x {img_size}'.format_map(row) if row['img_size'] != 224 else '',
         *(f'{k}={v}'.replace('selection=layer', 'layer-wise') for k, v in row['model_kwargs'].items())]
@@ -222,25 +224,9 @@ def accuracy_table(rows: List[Row]) -> str:
             statistics.mean(v['top1']), ', '.join(f'{top1:.2f}' for top1 in v['top1'])),
         'points above dense': '{gained:+.2f}', '95 % over seeds': '{over_seeds[0]:+.2f} to {over_seeds[1]:+.2f}',
         '95 % over images': '{over_images[0]:+.2f} to {over_images[1]:+.2f}',
-        'training, times as fast': '{train[speed_up]:.2f}', 'inference, times as fast': '{inference[speed_up]:.2f}'}
-    return '\n\n'.join(f"**{', '.join(name)}**\n\n{table(columns, found)}" for name, found in compare(rows).items())
-
-
-def accuracy_speed_table(rows: List[Row]) -> str:
-    """Microseconds per image of every timing, medians, and the ratios within a round."""
-    header = ['', 'training, us per image', 'times as fast (lowest - highest)', 'inference, us per image',
-              'times as fast (lowest - highest)']
-    timings = sorted((row for row in rows if 'inference' in row), key=itemgetter('img_size'))
-    tables = []
-    for of in grouped(timings, lambda row: id(row['of'])).values():
-        t, m, v, (model, numbers) = of[0], of[0]['machine'], of[0]['versions'], accuracy.title(of[0])
-        lines = [[row['variant'], *(cell for r in (row['train'], row['inference']) for cell in (
-            f"{1e6 / r['images_per_second']:.0f}", SPEED_UP.format_map(r)))] for row in of]
-        tables.append(
-            f"**{model.split(',')[0]} {t['img_size']} x {t['img_size']}, batch {t['batch_size']}, {numbers}** "
-            f"({m['gpu'] or m['cpu']}, {m['threads']} of {m['cores']} cores; torch {v['torch']}, timm {v['timm']}, "
-            f"commit {t['commit'][:10]})\n\n{markdown(header, lines)}")
-    return '\n\n'.join(tables)
+        **{f'{name}, times as fast (lowest - highest)': lambda v, key=key: SPEED_UP.format_map(v[key])
+           for name, key in (('training', 'train'), ('inference', 'inference'))}}
+    return '\n\n'.join(f"**{', '.join(name)}**\n\n{measured(columns, v)}" for name, v in compare(rows).items())
 
 
 def accuracy_plot(rows: List[Row]) -> Figure:
@@ -351,7 +337,7 @@ TABLES: Dict[str, Callable[[List[Row]], str]] = {
         'callers of each': '{callers}', 'busy processes beside': '{busy}', 'speed-up (lowest - highest)': SPEED_UP,
         'img/s, dense / this': '{dense_images_per_second:.3g} / {images_per_second:.3g}'}),
     'deploy-speed': deploy_speed_table, 'without_training': without_training_table, 'models': models_table,
-    'families': families_table, 'accuracy': accuracy_table, 'accuracy_speed': accuracy_speed_table,
+    'families': families_table, 'accuracy': accuracy_table,
     'sweep': lambda rows: f"```text\n{sweep.table(rows[0]['of']['rows'])}\n\n{sweep.describe(rows[0]['of'])}\n```"}
 PLOTS: Dict[str, Callable[[List[Row]], Figure]] = {
     'speed': speed_plot, 'without_training': without_training_plot, 'accuracy': accuracy_plot,
@@ -371,7 +357,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     if args.accuracy:
         rows = read('accuracy file=', args.accuracy)
-        print(accuracy_table(rows), accuracy_speed_table(rows), sep='\n\n')
+        print(accuracy_table(rows))
     for page in args.pages if not args.accuracy else ():
         page.write_text(fill(page))
         for name, file, conditions in PLOT.findall(page.read_text()):

@@ -7,14 +7,15 @@
     python benchmarks/speed.py model.onnx model.int8.onnx --against deit_small_patch16_224
     python benchmarks/speed.py --suite benchmarks/suites/cpu.txt --output benchmarks/results/speed-cpu.json
 
-A model is a name that timm knows; `FILE.onnx`, run by ONNX Runtime; or `FILE.xml`, run by OpenVINO in float32. The
-baseline is the first model of --against, or the first of all. A suite is a file with the arguments of one run per line;
-each line is run in a process of its own, and all rows go to one result file.
+A model is a name that timm knows; `FILE.onnx`, run by ONNX Runtime; or `FILE.xml`, run by OpenVINO in float32, of 224
+pixels or of --img-size. The baseline is the first model of --against, or the first of all. A suite is a file with the
+arguments of one run per line; each line is run in a process of its own, and all rows go to one result file.
 
 docs/speed.md says how to keep the C library's allocator from distorting timings.
 """
 import argparse
 import shlex
+import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -25,7 +26,10 @@ from timm.utils import ParseKwargs, reparameterize_model
 from torch import nn
 from torch.nn import functional as F
 
-FILES = ('.onnx', '.xml')  # models that are no modules of PyTorch
+sys.path.insert(0, str(Path(__file__).parent.parent / 'examples'))
+import export_onnx  # noqa: E402
+
+FILES = tuple(export_onnx.RUNTIMES)  # suffixes of models that are no modules of PyTorch
 SETTINGS = ('mode', 'batch_size', 'img_size', 'dtype', 'compile', 'reparam', 'device')  # recorded in every row
 
 
@@ -34,25 +38,10 @@ class FileModel(nn.Module):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        threads = torch.get_num_threads()
-        if path.endswith('.onnx'):
-            import onnxruntime
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            # idle threads that spin would slow down the model that is timed next
-            options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-            session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-            info = session.get_inputs()[0]
-            self.run, shape = lambda x: session.run(None, {info.name: x}), info.shape
-        else:
-            import openvino
-            self.run = openvino.Core().compile_model(  # on many processors the default is bfloat16
-                path, 'CPU', {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'})
-            shape = self.run.inputs[0].get_partial_shape().get_min_shape()
-        self.pretrained_cfg = {'input_size': tuple(shape)[1:]}
+        self.run = export_onnx.RUNTIMES[Path(path).suffix]().load(path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.run(x.numpy())[0])
+        return self.run(x)[0]
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
@@ -60,8 +49,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('models', nargs='*', metavar='MODEL', help='models to time, see above')
     parser.add_argument('--against', nargs='+', default=[], metavar='MODEL', help='models to compare with')
     parser.add_argument('--train', action='store_true', help='time training steps (AdamW) instead of inference')
+    parser.add_argument('--blocks', action='store_true', help='time the blocks alone, on the tokens that they get')
     parser.add_argument('-b', '--batch-size', type=int, default=32)
-    parser.add_argument('--img-size', type=int, help="input size, each model's own by default")
+    parser.add_argument('--img-size', type=int, help="input size, each model's own by default, 224 of files")
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'),
                         help='of weights and input in inference, of autocast in training')
@@ -80,7 +70,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f"{', '.join(sorted(both))}: with --model-kwargs a model cannot be in --against as well")
     if args.reparam and args.train:
         parser.error('--reparam is for inference')
-    args.mode = 'train' if args.train else 'inference'
+    args.mode = 'train' if args.train else 'blocks' if args.blocks else 'inference'
     args.models = list(dict.fromkeys(args.against + args.models))
     for spec in args.models:  # all of them, before hours of work
         if not spec.endswith(FILES):
@@ -102,6 +92,18 @@ def create(spec: str, args: argparse.Namespace) -> nn.Module:
     return timm.create_model(spec, num_classes=1000, **kwargs)
 
 
+def blocks_alone(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
+    """A function that calls the blocks of a model as they are called for images x, and nothing else."""
+    calls: List[Any] = []
+    hooks = [block.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
+             for block in model.blocks]
+    with torch.inference_mode():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return torch.inference_mode()(lambda: [block(*args, **kwargs) for block, args, kwargs in calls])
+
+
 def build_step(spec: str, args: argparse.Namespace) -> Callable[[], Any]:
     """A function that runs a model once, forward or a step of training."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -114,6 +116,8 @@ def build_step(spec: str, args: argparse.Namespace) -> Callable[[], Any]:
     if not args.train:
         model, x = model.to(dtype), x.to(dtype)
     forward = torch.compile(model, mode=args.compile) if args.compile else model
+    if args.blocks:
+        return blocks_alone(model, x)
     if not args.train:
         return torch.inference_mode()(lambda: forward(x))
 

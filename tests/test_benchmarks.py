@@ -13,6 +13,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import deploy  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
+import service  # noqa: E402
 import speed  # noqa: E402
 
 QUICK = ['--rounds', 2, '--warmup', 0, '--seconds', 0]
@@ -23,6 +24,27 @@ def test_rounds_take_turns():
     steps = {name: lambda name=name: calls.append(name) for name in 'ab'}
     times = harness.time_in_turns(steps, rounds=2, warmup=1, seconds=0.)
     assert ''.join(calls) == 'baabba' and [len(t) for t in times.values()] == [2, 2]
+
+
+def test_the_blocks_alone():
+    """They get the tokens that they get in the model."""
+    model = timm.create_model('evo_vit', base='vit_tiny_patch16_224', img_size=64, depth=4).eval()
+    x, expected = torch.randn(2, 3, 64, 64), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, output: expected.append(output))
+    found = speed.blocks_alone(model, x)()
+    assert len(found) == 4 and found[-1].shape[1] < 1 + 16
+    assert all(torch.equal(a, b) for a, b in zip(found, expected[:4]))
+
+
+@pytest.mark.slow
+def test_service(monkeypatch):
+    monkeypatch.setattr(service, 'SETTINGS', ((2, 1, 1, 0), (1, 1, 2, 1)))
+    args = ('evo_vit', '--model-kwargs', 'base=vit_tiny_patch16_224', '--against', 'vit_tiny_patch16_224', '-b', '1',
+            '--img-size', '64', '--rounds', '1', '--seconds', '0')
+    rows = service.main(args)['rows']
+    assert [(r['processes'], r['threads'], r['callers'], r['busy']) for r in rows] == list(service.SETTINGS)
+    assert all(r['images_per_second'] / r['dense_images_per_second'] == pytest.approx(r['speed_up']) for r in rows)
 
 
 def test_summary():

@@ -1,7 +1,7 @@
 """What every evolving model shares: checks of arguments, the keep ratio."""
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, Iterator, Sequence, Tuple, Type, Union
+from typing import Any, Iterator, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from timm.layers.typing import disable_compiler
@@ -31,24 +31,16 @@ def check_epochs(name: str, value: int) -> int:
     return int(value)
 
 
-def check_ratios(name: str, value: Any, count: int, per: str, zero: bool = False) -> Tuple[float, ...]:
-    """One number for all stages or blocks, or one for each, to a tuple. All are in (0, 1], or in [0, 1] with `zero`."""
+def check_ratios(name: str, value: Any, count: Optional[int], per: str, zero: bool = False) -> Tuple[float, ...]:
+    """One number or `count` of them, None for any, to a tuple. All are in (0, 1], or in [0, 1] with `zero`."""
     span = '[0, 1]' if zero else '(0, 1]'
-    values = (value,) * count if is_number(value) else value
+    values = (value,) * (1 if count is None else count) if is_number(value) else value
     listed = isinstance(values, Sequence) and not isinstance(values, str) and all(map(is_number, values))
     check(listed, name, f'a number in {span} or one per {per}', value, TypeError)
-    check(len(values) == count, name, f'one number or {count}, one per {per}', value)
+    fits = len(values) > 0 if count is None else len(values) == count
+    check(fits, name, f"one number or {'more' if count is None else count}, one per {per}", value)
     check(all(0 <= v <= 1 and (zero or v > 0) for v in values), name, f'in {span}', value)
     return tuple(float(v) for v in values)
-
-
-def check_train_ratios(value: Any) -> Tuple[float, ...]:
-    """One or more ratios in (0, 1], None for none."""
-    if value is None:
-        return ()
-    count = len(value) if isinstance(value, Sequence) else 1
-    check(count > 0, 'train_keep_ratio', 'None or one or more numbers in (0, 1]', value)
-    return check_ratios('train_keep_ratio', value, count, 'draw')
 
 
 def check_stages(stages: Any, depth: int, first: int) -> Tuple[int, ...]:
@@ -117,8 +109,8 @@ class EvolvingModel(SavedArgs):
     def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
         """Change the ratio of slow tokens to patches, weights untouched. At 1 the model is its dense baseline.
 
-        One in (0, 1] for all evolution stages or one per stage. Training mode with `train_keep_ratio` draws from that
-        all the same. A TypeError or ValueError leaves the model unchanged.
+        One in (0, 1] for all evolution stages or one per stage. With `train_keep_ratio`, training mode ignores it. A
+        TypeError or ValueError leaves the model unchanged.
         """
         self.keep_ratio = self._stage_ratios(keep_ratio, len(self.keep_ratio))
         self._remember_args(keep_ratio=self.keep_ratio)

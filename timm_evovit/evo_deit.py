@@ -17,7 +17,6 @@ from .checkpoints import BY_SIMILARITY, rename_deit, warn_by_attention
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
 from .evolving_vit import EvolvingVit
 from .hub import build_model, entry_point, evo_cfg, paper_cfg, resolve_weights
-from .slow_tokens import SlowTokens
 
 __all__ = ['EvoVisionTransformer']  # entry_point will add each model to this
 
@@ -81,6 +80,9 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         given = (representative_token, tradeoff, selection, layer_to_stage_epochs)
         for value, (name, default) in zip(given, BY_ATTENTION_ONLY.items()) if self.by_similarity else ():
             check(value == default, name, "left out with slow_tokens='similarity'", value)
+        depth = len(self.blocks)
+        if stages is None and not self.by_similarity:  # two equal stages follow a dense third
+            stages = sorted({depth // 3, 2 * depth // 3} - {0})
         self._init_stages(keep_ratio, stages, train_keep_ratio, first=0 if self.by_similarity else 1)
         # a key of the weights by which they tell how they were trained
         mark = torch.ones((), dtype=torch.int64, device=next(self.parameters()).device) if self.by_similarity else None
@@ -88,7 +90,6 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         if not self.by_similarity:
             wanted = "True to find slow tokens by class attention; slow_tokens='similarity' needs none"
             check(self.cls_token is not None, 'class_token', wanted, False)
-            depth = len(self.blocks)
             if tradeoff is None:
                 first = min(self.stage_starts, default=depth)
                 tradeoff = (1.,) * first + (0.5,) * (depth - first)
@@ -101,15 +102,6 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
-
-    def _default_stages(self, depth: int) -> Sequence[int]:
-        """By attention, two equal stages follow a dense third."""
-        return super()._default_stages(depth) if self.by_similarity else sorted({depth // 3, 2 * depth // 3} - {0})
-
-    def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
-        if self.by_similarity:
-            return super()._stage_ratios(keep_ratio, num_stages)
-        return check_ratios('keep_ratio', keep_ratio, num_stages, 'evolution stage')
 
     def _build_schedule(self, keep_ratio: Tuple[float, ...], training: bool) -> Any:
         if self.by_similarity:
@@ -151,19 +143,12 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         self._reset_cls_head()
 
     def _run_blocks(self, x: torch.Tensor, rope: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Any:
-        run = super()._run_blocks if self.by_similarity else self._run_by_attention
-        return run(x, rope, num_blocks, **kwargs)
-
-    def _run_by_attention(
-            self, x: torch.Tensor, rope: Any, num_blocks: Optional[int] = None,
-            attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False, take_indices: Sequence[int] = (),
-            slow_tokens: Optional[List[SlowTokens]] = None, grid_size: Any = None,
-    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """As `similarity.run_blocks`; `rope` is None."""
-        evolving_vit.check_no_mask(attn_mask, is_causal)
+        if self.by_similarity:
+            return super()._run_blocks(x, rope, num_blocks, **kwargs)
+        evolving_vit.check_no_mask(kwargs.get('attn_mask'), kwargs.get('is_causal', False))
         state = attention.EvolutionState(
             self._draw_schedule(x), self.tradeoff, self.num_prefix_tokens, self.representative_token,
-            self.grad_checkpointing, take_indices, slow_tokens)
+            self.grad_checkpointing, kwargs.get('take_indices', ()), kwargs.get('slow_tokens'))
         return attention.run_blocks(list(self.blocks)[:num_blocks], x, state), state.intermediates
 
     def forward_head(

@@ -29,16 +29,9 @@ OLD_ARGS = dict(  # of class attention, in folders that were saved when `evolve`
 
 def _of_dense_model(name: str) -> property:
     """An attribute that the dense model and its evolved view have in common."""
-    def get(self: Any) -> Any:
-        try:
-            return vars(vars(self)['_evolved_from'])[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def set(self: Any, value: Any) -> None:
-        vars(vars(self)['_evolved_from'])[name] = value
-
-    return property(get, set)
+    return property(
+        lambda self: getattr(vars(self)['_evolved_from'], name),
+        lambda self, value: setattr(vars(self)['_evolved_from'], name, value))
 
 
 class EvolvedVit(EvolvingVit):
@@ -99,7 +92,7 @@ class EvolvedNaFlexVit(EvolvedVit, NaFlexVit):
 
     def _grid_size(self, x: Any) -> Tuple[int, int]:
         if isinstance(x, dict):
-            raise ValueError("output_fmt must be 'NLC' for patches of grids of their own, got 'NCHW'.")
+            raise ValueError("output_fmt must be 'NLC' for patches of grids of their own, got 'NCHW'. Images have one.")
         return self.embeds.dynamic_feat_size(x.shape[-2:])
 
     def _run(
@@ -144,7 +137,9 @@ def evolved_class(cls: Any) -> Type[EvolvedVit]:
     own = {k: v for base in cls.__mro__[cls.__mro__.index(dense_class) - 1::-1] for k, v in vars(base).items()}
     for name in sorted({'forward', 'forward_features', 'forward_intermediates'} & {*own}):
         names = _names_used(name, own)
-        if 'blocks' in names or dense_class.__name__ in names or not (name == 'forward' or 'super' in names):
+        others = {'forward_features', 'forward_intermediates'} if name == 'forward' else set()
+        reaches = {'super', name} <= names or names & others
+        if not reaches or 'blocks' in names or dense_class.__name__ in names:
             raise TypeError(
                 f'{cls.__name__}.{name} must call that of {dense_class.__name__} by super(), and not use self.blocks.')
     for name in own:
@@ -197,10 +192,10 @@ def evolve(
 ) -> EvolvedVit:
     """Make a Vision Transformer of timm faster, without training: like patches share a slow token.
 
-    What it returns is another view of the same model, not a copy: modules, parameters, buffers and hooks are those of
-    `model`, and `train()`, `eval()`, gradient checkpointing, casting, moving, pruning or a new classifier of one are
-    those of the other. `model` stays dense. `evolve(copy.deepcopy(model))` is a model apart, as self-distillation wants
-    it. Of a model in the wrapper of `features_only=True` it returns a wrapper of the evolved one.
+    It returns another view of the same model, not a copy. Both share modules, parameters, buffers and hooks, and
+    `train()`, `eval()`, gradient checkpointing, casting, moving, pruning or a new classifier of one are those of the
+    other. `model` stays dense. For a model apart, as for self-distillation, take `evolve(copy.deepcopy(model))`. Of a
+    model in the wrapper of `features_only=True` it returns a wrapper of the evolved one.
 
     Args:
         model: Built VisionTransformer, Eva or NaFlexVit, or of a subclass, such as VisionTransformerDistilled, whose
@@ -228,14 +223,14 @@ def evolve(
         if vars(evolved)[name] is not value and name != '_compiled_call_impl':
             raise TypeError(f'The model has an attribute {name}, which evolve needs for itself: rename it.')
     cfg = getattr(model, 'pretrained_cfg', None)
-    if cfg is not None:  # saved, it comes back as an `evo_vit`
+    if cfg and cfg.get('architecture'):  # saved, it comes back as an `evo_vit`
         evolved.pretrained_cfg = evolved.default_cfg = dict(cfg, architecture='evo_vit')
         evolved.__dict__['_evolution_args'] = dict(
             base=cfg['architecture'], keep_ratio=keep_ratio, stages=stages, train_keep_ratio=train_keep_ratio)
     return evolved
 
 
-default_cfgs = generate_default_cfgs({'evo_vit.untrained': evo_cfg(fixed_input_size=True)})
+default_cfgs = generate_default_cfgs({'evo_vit.untrained': evo_cfg()})
 
 
 @register_model

@@ -6,7 +6,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 
 from . import similarity
-from .base import EvolvingModel, check_stages, check_train_ratios, is_number
+from .base import EvolvingModel, check_ratios, check_stages, is_number
 from .slow_tokens import SlowTokens
 from .tokens import as_fraction
 
@@ -15,7 +15,7 @@ from .tokens import as_fraction
 def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
     """Raise ValueError if there is a mask."""
     if attn_mask is not None or is_causal:
-        raise ValueError('attn_mask and is_causal must be left out by class attention and in graphs of FX.')
+        raise ValueError('attn_mask and is_causal must be left out: class attention and graphs of FX do not support them.')
 
 
 class EvolvingVit(EvolvingModel):
@@ -24,6 +24,7 @@ class EvolvingVit(EvolvingModel):
     Everything outside the blocks sees the complete patch grid in raster order. A loop of your own over the blocks,
     `for block in model.blocks: x = block(x)`, groups nothing.
     """
+    by_similarity = True
     stage_starts: Tuple[int, ...]  # first block of each stage
     built_stages: Tuple[int, ...]  # as built: some may have been pruned since
     intermediates_args: Tuple[str, ...] = ('output_dict', 'attn_mask', 'is_causal')  # the 8th and later ones, in timm
@@ -33,19 +34,17 @@ class EvolvingVit(EvolvingModel):
             train_keep_ratio: Union[None, float, Sequence[float]], first: int = 0) -> None:
         """Check and keep the arguments. Stages start at block `first` at the earliest."""
         depth = len(self.feature_info)  # as built; features_only may have pruned blocks since
-        self.built_stages = check_stages(
-            self._default_stages(depth) if stages is None else stages, depth, first)
+        self.built_stages = check_stages(range(0, depth, 2) if stages is None else stages, depth, first)
         self.stage_starts = self.built_stages
         self.keep_ratio = self._stage_ratios(keep_ratio, len(self.stage_starts))
-        self.train_keep_ratio = check_train_ratios(train_keep_ratio)
-
-    def _default_stages(self, depth: int) -> Sequence[int]:
-        return similarity.default_stages(depth)
+        self.train_keep_ratio = () if train_keep_ratio is None else check_ratios(
+            'train_keep_ratio', train_keep_ratio, None, 'draw')
 
     def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
         ratios = super()._stage_ratios(keep_ratio, num_stages)
-        one: Any = keep_ratio
-        return similarity.falling_ratios(one, self.built_stages)[:num_stages] if is_number(one) else ratios
+        if self.by_similarity and is_number(keep_ratio) and ratios:
+            ratios = similarity.falling_ratios(ratios[0], self.built_stages)[:num_stages]
+        return ratios
 
     def _truncate_to_depth(self) -> None:
         """Drop the settings of blocks that are no longer there."""

@@ -52,7 +52,7 @@ class SavedArgs(nn.Module):
 
 
 def evo_cfg(**kwargs: Any) -> Dict[str, Any]:
-    """Configuration of a model of the paper, which has timm's defaults otherwise, a crop of 0.875 among them."""
+    """Configuration that models of the paper share. Everything else is timm's default, such as a crop of 0.875."""
     return {
         'fixed_input_size': True, 'paper_ids': 'arXiv:2108.01390',
         'paper_name': 'Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer',
@@ -85,12 +85,12 @@ def resolve_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any], fall
 
 def entry_point(create: Callable[..., nn.Module], variant: str, name: str) -> Any:
     """Register the entry point `name(pretrained=False, **kwargs)` of timm, which creates this variant."""
-    def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    def create_model(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return create(variant, pretrained, **kwargs)
 
-    entry_point.__name__ = entry_point.__qualname__ = name
-    entry_point.__module__, entry_point.__doc__ = create.__module__, create.__doc__
-    return register_model(entry_point)
+    create_model.__name__ = create_model.__qualname__ = name
+    create_model.__module__, create_model.__doc__ = create.__module__, create.__doc__
+    return register_model(create_model)
 
 
 def build_model(

@@ -24,11 +24,6 @@ from .slow_tokens import SlowTokens
 from .tokens import at_least_float32, larger, num_kept, take_tokens
 
 
-def default_stages(depth: int) -> List[int]:
-    """First block of each stage: every second block starts one."""
-    return list(range(0, depth, 2))
-
-
 def falling_ratios(keep_ratio: float, starts: Sequence[int]) -> Tuple[float, ...]:
     """Keep ratios to three decimals, with `keep_ratio` as geometric mean, and logarithms proportional to depth ** 1.2.
 
@@ -69,9 +64,9 @@ def product(a: torch.Tensor, b: torch.Tensor, base: Optional[torch.Tensor] = Non
 
 @torch.fx.wrap
 def take_and_add(x: torch.Tensor, token_idx: torch.Tensor, adds: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, M, C) of x (B, N, C), by index (B, M), plus of `update` (B, R, C) those that `adds` (B, M, R) names.
+    """Take tokens of x (B, N, C) by index (B, M), and add to each the rows of `update` (B, R, C) where `adds` is True.
 
-    A product is faster than scatter_add for few tokens.
+    `adds` is (B, M, R). A product is faster than scatter_add for few tokens.
     """
     return product(adds.to(update.dtype), update, take_tokens(x, token_idx).to(update.dtype)).to(x.dtype)
 
@@ -112,7 +107,7 @@ class Grouping(NamedTuple):
     member_idx: torch.Tensor  # (B, M) for each slow token the token that others are joined to
     joined_idx: torch.Tensor  # (B, R) tokens that are joined to another, N where there are fewer
     target_idx: torch.Tensor  # (B, R) slow tokens that they are joined to
-    restoration: torch.Tensor  # (B, 2 * R, C) what they differ from the other token, and take from the slow token
+    restoration: torch.Tensor  # (B, 2 * R, C) token - other token, then minus what was added to the slow token
 
 
 @torch.fx.wrap
@@ -161,7 +156,7 @@ def group_tokens(
         wanted = (num_valid * keep_ratio[0] // keep_ratio[1]).clamp_min(1)
         joins = position[:num_rows] < count - wanted.maximum(count // 2)
     patches = patches.to(dtype)
-    # it may be offloaded, and without another norm it is that of one inside attention
+    # not a weight that is offloaded, or that of a norm inside attention
     if channel_weight is not None and channel_weight.shape[0] == C and channel_weight.is_meta == x.is_meta:
         patches = patches * channel_weight.detach().to(patches)
     partner, cost = match_tokens(patches, counts, valid)
@@ -190,7 +185,7 @@ def group_tokens(
     part = joins[:, :num_rows] / slow_weights[:, 0].gather(1, target_idx).clamp_min(1)
     row = even[:, :num_rows]
     share = (part * sizes.gather(1, row)).unsqueeze(2)  # of a token in its mean
-    # a mean is shorter than its tokens: by this part, to first order in their distance
+    # a mean is shorter than its tokens. To first order in their distance, this is the part that is lost
     shorter = (part * cost[:, :num_rows].clamp_max(num_patches)).unsqueeze(2)
     # half precision would lose a part in a large group
     token, other = take_tokens(x, torch.cat([row, other_idx], dim=1)).to(dtype).tensor_split(2, dim=1)
@@ -275,7 +270,7 @@ class TokenGroups:
         return F.pad(weights.log().to(x.dtype), [0, 8 - M % 8])[:, :, None, :M]
 
     def slow_tokens(self, block: int) -> SlowTokens:
-        """What patches (B, n) the tokens stand for that `block` is the first to run on."""
+        """The groups of patches (B, n) that `block` is the first to run on."""
         P, slow_idx, weights = self.num_prefix_tokens, self.slow_idx, self.weights
         assert slow_idx is not None and weights is not None
         return SlowTokens(block, (weights[:, 0].gather(1, slow_idx) == 1)[:, P:], slow_idx[:, P:] - P, None)
@@ -309,7 +304,8 @@ def run_blocks(
         attn_mask, is_causal: Mask of the blocks before the first stage. With stages it must be one of keys.
         key_mask: The mask of keys, where `attn_mask` is not one itself.
         grad_checkpointing: Recompute each block in the backward pass.
-        take_indices, slow_tokens: Blocks whose output is wanted, complete; receives the groups of each stage, (B, n).
+        take_indices: Blocks whose output is returned, restored to the complete sequence.
+        slow_tokens: List that receives the groups of each stage, (B, n).
         grid_size: Height and width of the patch grid, None if it is not known.
 
     Returns tokens (B, N, C) after the last block, in raster order, and those after each block of `take_indices`.

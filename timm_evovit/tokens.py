@@ -3,13 +3,15 @@
 Shapes use B images, N tokens of which P are prefix tokens (class token first), n = N - P patches, C channels.
 """
 from fractions import Fraction
+from functools import cache
 from typing import Tuple
 
 import torch
 
 
+@cache
 def as_fraction(ratio: float) -> Tuple[int, int]:
-    """Numerator and denominator of the decimal that a float was written as: 0.7 is 7 / 10.
+    """Numerator and denominator of a float as it was written: 0.7 gives (7, 10).
 
     With integers the number of kept patches is exact, and symbolic where the grid is.
     """

@@ -34,7 +34,8 @@ class AssistedLoss(nn.Module):
 
     For a model with `set_assisted_training(True)`, in a training loop of one's own or with timm's
     `ClassificationTask(model, AssistedLoss(criterion))`. `criterion` takes logits and a target; with
-    `set_distilled_training(True)` as well, Evo-LeViT returns two pairs, and the criterion gets a pair.
+    `set_distilled_training(True)` as well, Evo-LeViT returns two pairs, and the criterion gets a pair. With distilled
+    training alone the two outputs are those of the heads for labels and for distillation: do not use this class.
     """
 
     def __init__(self, criterion: nn.Module) -> None:

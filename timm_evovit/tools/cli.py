@@ -18,7 +18,6 @@ from tqdm import tqdm
 from .. import __version__
 from ..base import check
 from ..evo_vit import evolve
-from ..training import PaperModel
 from .convert import convert
 from .load import load_model
 from .sweep import Pictures, Setting, describe, how_to_use, plot, sweep, table
@@ -49,7 +48,7 @@ def _visualize(args: argparse.Namespace) -> int:
     model, _ = _create(args)
     if not hasattr(model, 'forward_slow_tokens'):
         model = evolve(model)
-    if args.attention and (not isinstance(model, PaperModel) or getattr(model, 'by_similarity', False)):
+    if args.attention and getattr(model, 'by_similarity', False):
         raise ValueError(f'{args.model} groups patches by similarity, without class attention: leave --attention out, '
                          'or take Evo-LeViT or Evo-DeiT with --model-kwargs slow_tokens=attention.')
 
@@ -91,7 +90,7 @@ def _find_pictures(args: argparse.Namespace, model: Any) -> Any:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    for option, value in ('--limit', args.limit or 1), ('--rounds', args.rounds):
+    for option, value in ('--limit', 1 if args.limit is None else args.limit), ('--rounds', args.rounds):
         check(value > 0, option, '1 or more', value)
     data = {k: v for k in ('crop_pct', 'interpolation', 'mean', 'std') if (v := getattr(args, k)) is not None}
     dense, kwargs = _create(args, data)

@@ -60,7 +60,7 @@ def load_exactly(model: nn.Module, weights: Dict[str, torch.Tensor], path: Union
 
 
 def read_args(checkpoint: Union[str, Path]) -> Dict[str, Any]:
-    """Arguments of timm's train.py from args.yaml beside a checkpoint, all those of the model in `model_kwargs`."""
+    """Read args.yaml of timm's train.py beside a checkpoint. Arguments of the model are in `model_kwargs`."""
     path = Path(checkpoint).with_name('args.yaml')
     try:
         args = yaml.safe_load(path.read_text(encoding='utf-8')) if path.is_file() else None
