@@ -15,7 +15,7 @@ from .tokens import as_fraction
 def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
     """Raise ValueError if there is a mask."""
     if attn_mask is not None or is_causal:
-        raise ValueError('attn_mask and is_causal must be left out: class attention and graphs of FX do not support them.')
+        raise ValueError('attn_mask and is_causal must be left out by class attention and by graphs of FX.')
 
 
 class EvolvingVit(EvolvingModel):
