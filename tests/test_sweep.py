@@ -148,7 +148,7 @@ def test_multiply_adds_by_hand(command, digits):
                 before, left, last = left, max(1, int(ratio * patches), left // 2), last / 2
                 joined = min(max(2, before - left), math.ceil(before / 2))
                 grouping += math.ceil(before / 2) * (before // 2) * dim  # cosines
-                grouping += joined * dim * (2 * (1 + left) + 1 + before)  # means; both steps of the restoration
+                grouping += joined * dim * (1 + left + 2 * (1 + before))  # means, restoration
             last = ratio
             blocks += 2 * block(1 + left)
         assert row['multiply_adds'] == ends + blocks + grouping
