@@ -1,22 +1,26 @@
-"""The benchmarks on tiny models, and the report that makes tables and plots of their results."""
+"""The benchmarks on tiny models and few pictures, and the report that makes tables and plots of their results."""
 import json
+import math
 import re
+import statistics
 import sys
 
 import pytest
 import timm
 import torch
 from PIL import Image
-from programs import BENCHMARKS, ROOT, run
+from programs import BENCHMARKS, ROOT, run, write_digits
 
 sys.path.insert(0, str(BENCHMARKS))
+import accuracy  # noqa: E402
 import deploy  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
 import service  # noqa: E402
 import speed  # noqa: E402
+import without_training  # noqa: E402
 
-QUICK = ['--rounds', 2, '--warmup', 0, '--seconds', 0]
+SMALL = ['--img-size', '32', '--device', 'cpu']  # of accuracy.py
 
 
 def test_rounds_take_turns():
@@ -67,41 +71,29 @@ def test_a_result_file_says_what_it_was_made_with(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ['x.json']
 
 
-def test_the_papers_multiply_adds():
-    """Paper: DeiT-S 4.6 G, Evo-DeiT-S 3.0 G."""
-    for name, gmacs in (('deit_small_patch16_224', 4.599), ('evo_deit_small', 3.034)):
-        assert round(harness.multiply_adds(timm.create_model(name), (3, 224, 224)) / 1e9, 3) == gmacs
-
-
 @pytest.mark.slow
-def test_speed(tmp_path):
-    output = tmp_path / 'speed.json'
-    run(BENCHMARKS / 'speed.py', 'evo_deit_tiny', '--against', 'deit_tiny_patch16_224', '-b', 1, '--img-size', 64, *QUICK,
-        '--output', output, cwd=tmp_path)
-    dense, evo = json.loads(output.read_text())['rows']
+def test_speed_suite(tmp_path):
+    """Inference, folded batch norms, training, compiled in bfloat16. Single runs are in the commands of the docs."""
+    quick = '--rounds 2 --warmup 0 --seconds 0'
+    suite, output = tmp_path / 'suite.txt', tmp_path / 'speed.json'
+    suite.write_text(
+        f'evo_deit_tiny --against deit_tiny_patch16_224 -b 1 --img-size 64 {quick}\n\n'
+        f'# LeViT\nevo_levit_128s --against levit_128s -b 2 --img-size 96 --reparam {quick}\n'
+        f'evo_levit_128s --against levit_128s -b 2 --img-size 96 --train --model-kwargs selection=layer {quick}\n'
+        f'deit_tiny_patch16_224 -b 2 --img-size 32 --dtype bfloat16 --compile {quick}\n')
+    run(BENCHMARKS / 'speed.py', '--suite', suite, '--output', output, cwd=tmp_path)
+    rows = json.loads(output.read_text())['rows']
+    assert [(r['run'], r['mode'], r['reparam'], r['dtype'], r['compile']) for r in rows[::2]] == [
+        (0, 'inference', False, 'float32', None), (1, 'inference', True, 'float32', None),
+        (2, 'train', False, 'float32', None), (3, 'inference', False, 'bfloat16', 'default')]
+    assert rows[5]['model_kwargs'] == {'selection': 'layer'} and rows[4]['model_kwargs'] == {}
+    dense, evo = rows[:2]
     assert (dense['model'], evo['model']) == ('deit_tiny_patch16_224', 'evo_deit_tiny')
     assert evo['params'] == 5_910_800 - (196 - 16) * 192  # a shorter position embedding
     assert 1.3 < dense['multiply_adds'] / evo['multiply_adds'] < 1.6
     assert dense['speed_up'] == 1 and len(evo['seconds']) == 2
     assert all(r['peak_memory'] > 3 * r['params'] for r in (dense, evo))  # weights alone are 4 bytes each
     assert str(tmp_path) not in output.read_text()
-
-
-@pytest.mark.slow
-def test_speed_suite(tmp_path):
-    """Training, folded batch norms, compiled in bfloat16."""
-    quick = ' '.join(map(str, QUICK))
-    suite, output = tmp_path / 'suite.txt', tmp_path / 'speed.json'
-    suite.write_text(
-        f'# LeViT\nevo_levit_128s --against levit_128s -b 2 --img-size 96 --reparam {quick}\n\n'
-        f'evo_levit_128s --against levit_128s -b 2 --img-size 96 --train --model-kwargs selection=layer {quick}\n'
-        f'deit_tiny_patch16_224 -b 2 --img-size 32 --dtype bfloat16 --compile {quick}\n')
-    run(BENCHMARKS / 'speed.py', '--suite', suite, '--output', output, cwd=tmp_path)
-    rows = json.loads(output.read_text())['rows']
-    assert [(r['run'], r['mode'], r['reparam'], r['dtype'], r['compile']) for r in rows[::2]] == [
-        (0, 'inference', True, 'float32', None), (1, 'train', False, 'float32', None),
-        (2, 'inference', False, 'bfloat16', 'default')]
-    assert rows[3]['model_kwargs'] == {'selection': 'layer'} and rows[2]['model_kwargs'] == {}
 
 
 def test_pairs_that_stay_the_same():
@@ -118,16 +110,21 @@ def test_suites_can_be_parsed():
                 assert args.against and (args.device == 'cuda') == (name == 'gpu')
 
 
-@pytest.mark.parametrize('argv, message', [
-    (['evo_deit_nothing'], 'evo_deit_nothing: unknown to timm'),
-    (['evo_deit_tiny', '--against', 'nowhere.onnx'], 'there is no file nowhere.onnx'),
-    (['evo_levit_128s', '--reparam', '--train'], '--reparam is for inference'),
-    (['evo_levit_128s', '--against', 'evo_levit_128s', '--model-kwargs', 'selection=layer'], 'in --against as well'),
-    ([], 'give one or more models, or a --suite'),
+@pytest.mark.parametrize('program, argv, message', [
+    (speed, ['evo_deit_nothing'], 'evo_deit_nothing: unknown to timm'),
+    (speed, ['evo_deit_tiny', '--against', 'nowhere.onnx'], 'there is no file nowhere.onnx'),
+    (speed, ['evo_levit_128s', '--reparam', '--train'], '--reparam is for inference'),
+    (speed, ['levit_128', '--against', 'levit_128', '--model-kwargs', 'depth=(1,1,1)'], 'in --against as well'),
+    (speed, [], 'give one or more models, or a --suite'),
+    (accuracy, ['train', 'evo'], 'evo: there are dense, '),
+    (accuracy, ['train', 'dense@0.5'], '@RATIO for Evo-ViT'),
+    (accuracy, ['train', 'dense', 'levit'], 'one family, DeiT or LeViT, at a time'),
+    (accuracy, ['train', 'dense', '--img-size', '33'], '--img-size must be a multiple of 4, got 33'),
+    (accuracy, ['train', 'dense', '--data-dir', 'nowhere'], "'nowhere' is no folder"),
 ])
-def test_speed_names_what_it_does_not_know(capsys, argv, message):
+def test_wrong_arguments(capsys, program, argv, message):
     with pytest.raises(SystemExit):
-        speed.parse_args(argv)
+        program.parse_args(argv)
     assert message in capsys.readouterr().err
 
 
@@ -158,14 +155,114 @@ def test_every_architecture_evolves_or_is_refused_with_the_reason(tmp_path):
         assert rows == recorded['rows']
 
 
-# what a run of speed.py could have written, in round numbers
-DENSE = dict(
-    run=0, model='levit_256', baseline='levit_256', mode='inference', batch_size=32, img_size=224, dtype='float32',
-    compile=None, reparam=True, device='cpu', model_kwargs={}, params=2, multiply_adds=1.2e9, peak_memory=2e8,
-    images_per_second=50., speed_up=1., speed_up_min=1., speed_up_max=1.)
-ROWS = [DENSE, dict(
-    DENSE, model='evo_levit_256', params=2_500_000, multiply_adds=8e8, peak_memory=1e8, images_per_second=70.,
-    speed_up=1.4, speed_up_min=1.3, speed_up_max=1.45)]
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A folder of pictures for accuracy.py, whose models and batches are small."""
+    for key, value in dict(batch_size=8, patch_size=8, width=32, depth=3, heads=2, warmup_epochs=0).items():
+        monkeypatch.setitem(accuracy.SETTINGS, key, value)
+    return write_digits(tmp_path / 'pictures', per_class=6)
+
+
+def train(pictures, folder, *args):
+    accuracy.main([
+        'train', *args, *SMALL, '--data-dir', str(pictures), '--output', str(folder / 'results'),
+        '--work-dir', str(folder / 'work')])
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / 'results').glob('*-seed*.json'))}
+
+
+def test_resumed_run_is_the_same(pictures, tmp_path, monkeypatch):
+    args = ['dense', 'evo-layer-to-stage', '--epochs', '3']
+    whole = train(pictures, tmp_path / 'whole', *args)
+    assert set(whole) == {'dense-seed0', 'evo-layer-to-stage-seed0'}
+    assert all(r['finished'] and len(r['top1']) == 3 for r in whole.values())
+
+    evaluate, calls = accuracy.evaluate, []
+
+    def interrupted(*inputs):
+        calls.append(inputs)
+        if len(calls) in (2, 6):  # the second epoch of either
+            raise KeyboardInterrupt
+        return evaluate(*inputs)
+
+    monkeypatch.setattr(accuracy, 'evaluate', interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(pictures, tmp_path / 'parts', *args)
+    parts = train(pictures, tmp_path / 'parts', *args)
+    assert parts == {name: {**r, 'command': parts[name]['command']} for name, r in whole.items()}
+    count = len(calls)
+    assert train(pictures, tmp_path / 'parts', *args) == parts and len(calls) == count  # nothing to do
+    with pytest.raises(SystemExit, match='another configuration'):
+        train(pictures, tmp_path / 'parts', *args[:-1], '4')
+
+
+def test_all_variants_train_and_are_timed(pictures, tmp_path, capsys):
+    levit = [name for name in accuracy.VARIANTS if 'levit' in name]
+    deit = [name for name in accuracy.VARIANTS if 'levit' not in name] + ['evo-stage@0.7']
+    for variants in (deit, levit):
+        results = train(pictures, tmp_path, *variants, '--epochs', '1', '--amp', 'bfloat16', '--no-fused-attn')
+    names = deit + levit + [f'evo-elastic@{ratio}' for ratio in ('0.3', '0.5', '0.7', '1')]  # evaluated at each ratio
+    assert len(results) == len(names)
+    for r in results.values():
+        assert r['top1'][-1] == pytest.approx(accuracy.right(r).mean(), abs=1e-4)
+        assert len(accuracy.right(r)) == 20
+    accuracy.main(['time', 'dense', 'evo-layer-to-stage', '--epochs', '1', *SMALL, '--amp', 'bfloat16', '--no-fused-attn',
+                   '--rounds', '1', '--output', str(tmp_path / 'results')])
+    capsys.readouterr()
+    report.main(['--accuracy', str(tmp_path / 'results')])
+    out = capsys.readouterr().out
+    assert all(f'| {name} | 0 |' in out for name in names) and out.count('**DeiT') == out.count('**LeViT') == 1
+    assert '| **1.00** (1.00 - 1.00) | **1.00** (1.00 - 1.00) |' in out  # the dense model's
+
+
+def test_trained_models_evolve(pictures, tmp_path):
+    """At keep ratio 1 an evolved model is the dense one, before and after fine-tuning with the same batches."""
+    train(pictures, tmp_path, 'dense', '--epochs', '2')
+    (checkpoint,) = (tmp_path / 'work').glob('dense-seed0-*.pt')
+    args = [
+        str(checkpoint), '--data-dir', str(pictures), '--rounds', '0', '--similarity', '1', '0.5', '--attention', '1',
+        '--pictures', '1', '--blocks', '1']
+    for name, more in (('without', []), ('finetuned', ['--finetune', '2'])):
+        without_training.main([*args, *more, '--output', str(tmp_path / name)])
+        rows = json.loads((tmp_path / name).read_text())['rows']
+        assert [r['method'] for r in rows] == [
+            'dense', 'similarity 1.0', 'similarity 0.5', 'attention 1.0', 'smaller pictures 1.0', 'fewer blocks 1.0']
+        assert 0.4 < rows[2]['share'] < 0.8 and rows[2]['kl'] > 0
+        for row in rows[:2] + rows[3:]:
+            assert row['share'] == pytest.approx(1, abs=0.01)
+            assert row['lost'] == row['lost_error'] == 0 and row['kl'] == pytest.approx(0, abs=1e-3)
+        assert all(r['images'] == 20 and r['top1'] == pytest.approx(rows[0]['top1'] - r['lost']) for r in rows)
+    state = torch.load(checkpoint, weights_only=True)
+    state['report']['finished'] = False
+    torch.save(state, checkpoint)
+    with pytest.raises(SystemExit, match='its training is not finished'):
+        without_training.main(args)
+
+
+def test_divergence_and_points_lost():
+    dense = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.5, 0.3]]).log()
+    found = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.5, 0.3]]).log()
+    compared = without_training.compare(found, dense, torch.tensor([0, 1]))
+    assert (compared['top1'], compared['lost'], compared['lost_error']) == pytest.approx((50, 50, 50))
+    divergence = 1000 * (0.5 * math.log(2) - 0.25 * math.log(2))  # of the first picture; that of the second is 0
+    assert (compared['kl'], compared['kl_error']) == pytest.approx((divergence / 2, divergence / 2), rel=1e-5)
+
+
+def test_batches():
+    """Same seed and epoch, same batches; an augmented picture is a window of the padded one, or its mirror image."""
+    args = accuracy.parse_args(['train', 'dense', '--data-dir', str(BENCHMARKS), *SMALL])
+    args.batch_size = 4
+    images = torch.randint(1, 256, (9, 6, 5, 3), dtype=torch.uint8)
+    labels = torch.arange(9)
+    first, again, other = (list(accuracy.batches(images, labels, epoch, 3, args)) for epoch in (0, 0, 1))
+    assert len(first) == 2 and all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again))
+    assert not torch.equal(first[0][1], other[0][1])
+    for x, y in first:
+        for picture, label in zip(x, y):
+            padded = torch.zeros(14, 13, 3, dtype=torch.uint8)
+            padded[4:10, 4:9] = images[label]
+            windows = [padded[i:i + 6, j:j + 5] for i in range(9) for j in range(9)]
+            assert any(torch.equal(picture, w) or torch.equal(picture, w.flip(1)) for w in windows)
 
 
 @pytest.fixture
@@ -186,22 +283,29 @@ def filled(tmp_path, monkeypatch):
 
 
 def test_report_of_speed(filled, tmp_path):
-    lines = filled('speed-x', ROWS, 'table: speed model=evo_levit_256,other compile=None')
+    dense = dict(  # what a run of speed.py could have written, in round numbers
+        run=0, model='levit_256', baseline='levit_256', mode='inference', batch_size=32, img_size=224, dtype='float32',
+        compile=None, reparam=True, device='cpu', model_kwargs={}, params=2, multiply_adds=1.2e9, peak_memory=2e8,
+        images_per_second=50., speed_up=1., speed_up_min=1., speed_up_max=1.)
+    rows = [dense, dict(
+        dense, model='evo_levit_256', params=2_500_000, multiply_adds=8e8, peak_memory=1e8, images_per_second=70.,
+        speed_up=1.4, speed_up_min=1.3, speed_up_max=1.45)]
+    lines = filled('speed-x', rows, 'table: speed model=evo_levit_256,other compile=None')
     assert lines[2] == '| `evo_levit_256` |  | 32 | 1.500 | **1.40** (1.30 - 1.45) | 50 / 70 | 200 / 100 |'
     assert 'old' not in lines and 'torch' in lines[-1]
-    assert filled('speed-x', ROWS, 'table: models file=speed')[2:] == [
+    assert filled('speed-x', rows, 'table: models file=speed')[2:] == [
         '| `evo_levit_256` | 2.50 M | 0.800 (1.200) | 78.8 (81.6) | `evovit_in1k` |']
-    onnx = {**ROWS[1], 'model': 'model.onnx', 'params': None, 'multiply_adds': None}
-    assert filled('speed-x', [*ROWS, onnx], 'table: speed')[3].startswith('| `model.onnx` |  | 32 |  | **1.40**')
-    filled('speed-x', [*ROWS, onnx], 'plot: speed x.png file=speed-x')
+    onnx = {**rows[1], 'model': 'model.onnx', 'params': None, 'multiply_adds': None}
+    assert filled('speed-x', [*rows, onnx], 'table: speed')[3].startswith('| `model.onnx` |  | 32 |  | **1.40**')
+    filled('speed-x', [*rows, onnx], 'plot: speed x.png file=speed-x')
     assert Image.open(tmp_path / 'x.png').width > 600
     with pytest.raises(ValueError, match='has no rows of .*nothing'):
-        filled('speed-x', ROWS, 'table: speed model=nothing')
+        filled('speed-x', rows, 'table: speed model=nothing')
 
 
 def test_report_of_models_without_training(filled):
     """Accuracy and speed come from two files; the plot has the mean over the models and its standard error."""
-    accuracy = [
+    trained = [
         dict(model=f'dense-seed{seed}', method=method, share=share, top1=top1, lost=lost, lost_error=error, kl=10 * lost,
              kl_error=error)
         for seed, method, share, top1, lost, error in (
@@ -210,25 +314,69 @@ def test_report_of_models_without_training(filled):
     timed = [dict(model=model, method=method, share=0.4, speed_up=speed_up, speed_up_min=1.5, speed_up_max=2.5)
              for model, method, speed_up in (
                  ('deit', 'dense', 1.), ('deit', 'similarity 0.5', 2.), ('dense-seed0', 'similarity 0.5', 1.75))]
-    filled('without_training', accuracy, 'table: without_training')
+    filled('without_training', trained, 'table: without_training')
     lines = filled('without_training-speed', timed, 'table: without_training')
     assert ('| similarity 0.5 | 0.500 | 1.00 ± 0.30, 3.00 ± 0.40 | 10.0 ± 0.3, 30.0 ± 0.4 | **1.75** (1.50 - 2.50) of 2.50 '
             '| **2.00** (1.50 - 2.50) of 2.50 |') in lines
     assert '| ToMe 0.5 | 0.700 | 1.00 ± 0.30 | 10.0 ± 0.3 |  |  |' in lines  # not timed, so not in the plot
-    (series,) = report.without_training_plot(accuracy + timed).axes[0].containers
+    (series,) = report.without_training_plot(trained + timed).axes[0].containers
     (speed_up, lost), (bars,) = series.lines[0].get_data(), series.lines[2]
     assert list(speed_up) == [2] and list(lost) == [2]
     assert bars.get_segments()[0][:, 1] == pytest.approx([1.75, 2.25])  # sqrt(0.3 ** 2 + 0.4 ** 2) / 2
 
 
-def test_report_of_fine_tuned_models(filled):
-    lines = filled('finetuned', [
-        dict(model='dense-seed0', method=method, share=share, before=before, top1=top1, lost=71 - top1, lost_error=0.2)
-        for method, share, before, top1 in (('dense', 1., 70., 71.), ('similarity 0.6', 0.62, 69., 70.5))], 'table: finetuned')
-    assert lines[2:4] == ['| dense | 1.000 | 70.00 | 71.00 |  |', '| similarity 0.6 | 0.620 | 69.00 | 70.50 | 0.50 ± 0.20 |']
+def test_intervals():
+    """Over seeds against a printed table of Student's t, over images against McNemar's variance written out in counts."""
+    configuration = {**accuracy.SETTINGS, 'family': 'deit', 'img_size': 32, 'epochs': 1, 'amp': '', 'no_fused_attn': False}
+
+    def run(variant, seed, labels, predictions):
+        return {**configuration, 'variant': variant, 'seed': seed, 'finished': True, 'num_classes': 300, 'top1': [0],
+                'labels': accuracy.pack(labels, 300), 'predictions': accuracy.pack(predictions, 300)}
+
+    zeros = torch.zeros(100, dtype=torch.long)
+    runs = [run('dense', seed, zeros, zeros + 299) for seed in range(3)]  # none of them is right
+    ((_, evo),) = report.compare([
+        *runs, *(run('evo-stage', seed, zeros, (torch.arange(100) >= count) * 299) for seed, count in enumerate((1, 2, 4)))
+    ]).values()
+    low, high = evo['over_seeds']
+    assert ((low + high) / 2, (high - low) / 2) == pytest.approx((7 / 3, 4.3027 * math.sqrt(7 / 3) / math.sqrt(3)), rel=1e-4)
+    assert evo['gained'] == pytest.approx(7 / 3)
+
+    generator = torch.Generator().manual_seed(0)
+    labels, one, two = torch.randint(300, (3, 500), generator=generator)
+    one[:350], two[100:400] = labels[:350], labels[100:400]
+    rows = [run('dense', 0, labels, two), run('evo-stage', 0, labels, one)]
+    ((_, evo),) = report.compare(rows).values()
+    low, high = evo['over_images']
+    gained = ((one == labels) & (two != labels)).sum().item()
+    lost = ((one != labels) & (two == labels)).sum().item()
+    half = 1.96 * math.sqrt(gained + lost - (gained - lost) ** 2 / 500) / 500
+    assert 'over_seeds' not in evo
+    assert (low + high) / 2 == pytest.approx(100 * (gained - lost) / 500)
+    assert (high - low) / 2 == pytest.approx(100 * half, rel=4e-3)
+    rows[0]['labels'] = rows[0]['predictions']
+    with pytest.raises(ValueError, match='different pictures'):
+        report.compare(rows)
 
 
 @pytest.mark.parametrize('page', [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))], ids=lambda page: page.stem)
 def test_tables_are_what_the_results_say(page):
     assert report.fill(page) == page.read_text()
     assert not [file for _, file, _ in report.PLOT.findall(page.read_text()) if not (page.parent / file).is_file()]
+
+
+def test_figures_in_the_readme():
+    """Those in its sentences."""
+    rows = report.read('accuracy family=deit img_size=32 epochs=25', report.RESULTS)
+    (found,) = report.compare(rows).values()
+    variants = {v['variant']: v for v in found}
+    top1 = {name: f"{statistics.mean(v['top1']):.2f} %" for name, v in variants.items()}
+    speed = {name: f"{variants[name]['inference']['speed_up']:.2f}" for name in ('evo-elastic', 'evo-elastic@0.3')}
+    lost = -variants['evo-stage']['gained']
+    figures = [
+        f"{top1['evo-elastic@1']} at keep ratio 1", f"{top1['evo-elastic']} at 0.4", f"{top1['evo-elastic@0.3']} at 0.3",
+        f"{speed['evo-elastic']} and {speed['evo-elastic@0.3']} times as fast as the dense model",
+        f"half of the blocks has {top1['dense-4-blocks']}", f"smaller pictures {top1['dense-24-pixels']}",
+        f"the dense model of the same seed, which has {variants['dense']['top1'][0]:.2f} %", f'{lost:.1f} points are lost']
+    readme = ' '.join((ROOT / 'README.md').read_text().split())
+    assert [figure for figure in figures if figure not in readme] == []

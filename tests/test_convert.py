@@ -43,13 +43,6 @@ def deit(tmp_path):
 
 
 @pytest.fixture
-def levit(tmp_path):
-    model = build('evo_levit_128s', **TINY_LEVIT)
-    torch.save(authors_checkpoint(authors_names(model)), tmp_path / 'levit.pth')
-    return model, tmp_path / 'levit.pth'
-
-
-@pytest.fixture
 def run(tmp_path, capsys):
     """Run the command, and see that a failure leaves nothing behind. Returns exit status and output."""
     def run(name, *args, kwargs=TINY, output='out'):
@@ -92,14 +85,17 @@ def test_deit(deit, run, tmp_path):
     assert_same_weights(model, load(output))
 
 
-def test_levit(levit, run, tmp_path):
-    model, path = levit
+def test_levit(run, tmp_path):
+    model, path = build('evo_levit_128s', **TINY_LEVIT), tmp_path / 'levit.pth'
+    torch.save(authors_checkpoint(authors_names(model)), path)
     status, out = run('evo_levit_128s', path, kwargs=TINY_LEVIT)
     assert status == 0 and f'{len(read_weights(path))} tensors' in out and 'dropped' not in out
     assert_same_weights(model, load(tmp_path / 'out'))
     for i, name in enumerate(['EvoLeViT_128S', 'Evo-LeViT-128S', 'evolevit_128s']):  # as the authors write it
         assert run(name, path, kwargs=TINY_LEVIT, output=str(i))[0] == 0
         assert json.loads((tmp_path / str(i) / 'config.json').read_text())['architecture'] == 'evo_levit_128s'
+    status, out = run('evo_levit_128s', path, kwargs=dict(TINY_LEVIT, tradeoff=0.5), output='fixed')
+    assert status == 0 and 'dropped, as the model has none: tradeoff' in out
 
 
 def test_moving_average(deit, run, tmp_path):
@@ -111,13 +107,11 @@ def test_moving_average(deit, run, tmp_path):
     assert 'under model_ema or state_dict_ema' in run('evo_deit_tiny', tmp_path / 'plain.pth', '--use-ema', output='b')[1]
 
 
-def test_arguments_of_the_model(deit, levit, run, tmp_path):
+def test_arguments_of_the_model(deit, run, tmp_path):
     status, out = run('evo_deit_tiny', deit[1], kwargs=dict(TINY, assisted_cls=False, keep_ratio=0.7))
     assert status == 0 and 'dropped, as the model has none: norm_cls.weight, norm_cls.bias, head_cls.weight' in out
     loaded = load(tmp_path / 'out')
     assert loaded.head_cls is None and set(loaded.keep_ratio) == {0.7}
-    status, out = run('evo_levit_128s', levit[1], kwargs=dict(TINY_LEVIT, tradeoff=0.5), output='fixed')
-    assert status == 0 and 'dropped, as the model has none: tradeoff' in out
 
 
 def test_the_published_sizes(run, tmp_path, monkeypatch):

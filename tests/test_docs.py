@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 from configparser import ConfigParser
-from functools import lru_cache
+from functools import cache, partial
 
 import pytest
 import timm
@@ -28,7 +28,7 @@ NOT_RUN = {  # beginning of a command, or a part of it: why it is not run here
     r'.*(/data/imagenet|--dataset-download)': 'needs data that is downloaded',
     r'hf upload': 'uploads to the Hub',
     r'timm-evovit convert \S+ --output': 'downloads from Google Drive',
-    r'.*benchmarks/accuracy': 'takes hours; test_accuracy_program.py has it in small',
+    r'.*benchmarks/accuracy': 'takes hours; test_benchmarks.py has it in small',
     r'.*benchmarks/report': 'test_benchmarks.py compares what it makes with the pages',
     r'.*--suite': 'takes an hour; test_benchmarks.py has it in small',
 }
@@ -44,6 +44,7 @@ IN_SMALL = {  # part of a command: arguments that take the place of those before
     'train.py': '--epochs 1 -b 16 -j 1 --device cpu --experiment RUN',
     'validate.py': '-j 1 --device cpu',
 }
+run_once = cache(partial(run, cwd=ROOT))
 every_page = pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
 
 
@@ -60,12 +61,9 @@ def prose(page):
 def commands(page):
     """Commands in blocks of shell, each as a list of words."""
     for *_, code in blocks(page, 'bash'):
-        for line in code.replace('\\\n', ' ').splitlines():
-            words = shlex.split(re.sub(r'\$\(.*\)', 'VALUE', line), comments=True)
-            while words:
-                end = words.index('&&') if '&&' in words else len(words)
-                yield words[:end]
-                words = words[end + 1:]
+        for line in re.split('\n|&&', code.replace('\\\n', ' ')):
+            if words := shlex.split(re.sub(r'\$\(.*\)', 'VALUE', line), comments=True):
+                yield words
 
 
 def anchors(page):
@@ -111,12 +109,10 @@ def checkout(tmp_path_factory):
     (folder / 'pytorch-image-models').symlink_to(TIMM_REPO)
     write_digits(folder / 'flowers', per_class=14)
     shutil.copytree(folder / 'flowers' / 'validation', folder / 'flowers' / 'test')
-    (folder / 'photos').mkdir()
-    for i, path in enumerate(sorted(folder.glob('flowers/test/*/*.png'))[:8]):
-        Image.open(path).save(folder / 'photos' / f'{i}.jpg')
-    (folder / 'pictures').mkdir()  # without classes
-    for i, path in enumerate(sorted(folder.glob('flowers/train/*/*.png'))[:40]):
-        shutil.copy(path, folder / 'pictures' / f'{i}.png')
+    for name, suffix, count in (('photos', 'jpg', 8), ('pictures', 'png', 40)):  # without classes
+        (folder / name).mkdir()
+        for i, path in enumerate(sorted(folder.glob('flowers/train/*/*.png'))[:count]):
+            Image.open(path).save(folder / name / f'{i}.{suffix}')
     timm.models.save_for_hf(
         timm.create_model('vit_tiny_patch16_224', depth=2, num_classes=102), folder / 'my_vit', model_args=dict(depth=2))
     weights = timm.create_model('evo_deit_small').state_dict()
@@ -130,11 +126,9 @@ def arguments_in_small(words):
     if '--pretrained' in words and 'local-dir:' not in line:
         words = [word for word in words if word != '--pretrained']
     added = [word for part, more in IN_SMALL.items() if part in line for word in more.split()]
-    if words[0] == 'timm-evovit':
-        main = 'import sys; from timm_evovit.tools.cli import main; sys.exit(main())'
-        return ['-c', main, *words[1:], *added]
-    assert words[0] == 'python', line
-    return [*words[1:], *added]
+    main = 'import sys; from timm_evovit.tools.cli import main; sys.exit(main())'
+    program = {'python': [], 'timm-evovit': ['-c', main]}[words[0]]
+    return [*program, *words[1:], *added]
 
 
 def commands_to_run(page):
@@ -186,14 +180,9 @@ def test_options_of_programs(page, timms):
         line = ' '.join(words)
         found = re.search(r'(?:train|validate)\.py' if timms else r'(?:benchmarks|examples)/\w+\.py', line)
         if found and re.match('python|torchrun', line) and timms != (' examples/' in line or ' benchmarks/' in line):
-            command = re.match(r' (train|time) ', line[found.end():])
+            command = re.findall(r'^ (train|time) ', line[found.end():])
             script = TIMM_REPO / found[0] if timms else ROOT / found[0]
             options = set(re.findall(r' (--?[a-z][\w-]*)', line[found.end():]))
             options.discard('--config')  # train.py reads this one before the others, and its help does not name it
-            text = usage(script, command and command[1])
+            text = run_once(script, *command, '--help')
             assert not [option for option in options if not re.search(rf'(?<![\w-]){option}(?![\w-])', text)], line
-
-
-@lru_cache(None)
-def usage(script, command):
-    return run(script, *filter(None, [command]), '--help', cwd=ROOT)

@@ -1,6 +1,7 @@
 """DeiT's weights, the paper's, and models that were pushed, with a folder in the place of the Hub."""
 import json
 import os
+from functools import partial
 
 import helpers
 import pytest
@@ -49,14 +50,13 @@ def hub(tmp_path, monkeypatch):
 @torch.no_grad()
 def test_deits_weights(hub):
     """The default tag without a variable: DeiT, as timm loads it and `evolve` makes it faster, unless arguments differ."""
-    def without_mark(model):
-        return {k: v for k, v in model.state_dict().items() if k != BY_SIMILARITY}
-
     dense, x = create('deit_tiny_patch16_224'), images(3)
     for name in ('evo_deit_tiny', 'evo_deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224.fb_in1k'):
         model = create(name)
         assert model.global_pool == 'token' and model.head_cls is None and model.slow_tokens == 'similarity'
-        assert_same_weights(without_mark(model), dense)
+        weights = model.state_dict()
+        del weights[BY_SIMILARITY]
+        assert_same_weights(weights, dense)
         expected = evolve(dense)(x)
         assert torch.equal(model(x), expected) and not torch.allclose(expected, dense(x), atol=1e-3)
         assert model.pretrained_cfg['crop_pct'] == dense.pretrained_cfg['crop_pct'] == 0.9
@@ -69,8 +69,7 @@ def test_deits_weights(hub):
         assert find_slow_tokens(model, x)[0].attention is not None
     assert create('evo_deit_tiny', keep_ratio=0.7, slow_tokens='similarity').keep_ratio == evolve(dense, 0.7).keep_ratio
     pinned = create('evo_deit_tiny', pretrained_cfg_overlay=dict(hf_hub_id='timm/deit_tiny_patch16_224.fb_in1k@main'))
-    assert pinned.global_pool == 'token'
-    assert_same_weights(without_mark(pinned), dense)
+    assert pinned.global_pool == 'token' and torch.equal(pinned(x), expected)
 
 
 def test_deits_weights_in_a_model_that_differs(hub):
@@ -162,31 +161,7 @@ def test_deits_tag_says_what_timm_says(size):
 
 # Models that are pushed
 
-def deit_with_ratios():
-    model = create('evo_deit_tiny')
-    model.set_keep_ratio((0.9, 0.8, 0.7, 0.6, 0.5, 0.3))
-    return model
-
-
-def deit_with_arguments():
-    model = create(
-        'evo_deit_small', pretrained=False, num_classes=5, img_size=(32, 48), depth=6, stages=(1, 4), tradeoff=0.25,
-        selection='layer', representative_token=True, assisted_cls=False, keep_ratio=0.3, layer_to_stage_epochs=0,
-        drop_path_rate=0.1)
-    torch.nn.init.normal_(model.head.weight)
-    return model
-
-
-def levit():
-    model = build_levit(num_classes=4, tradeoff=0.25, keep_ratio=(0.5, 1, 0.3))
-    model.set_keep_ratio(0.4)
-    return model
-
-
-def vit_by_name():
-    model = create('evo_vit', base='deit_tiny_patch16_224', stages=(2, 6))
-    model.set_keep_ratio(0.4)
-    return model
+RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.3)
 
 
 def vit_of_the_hub():
@@ -197,18 +172,25 @@ def vit_of_the_hub():
     return model
 
 
-@pytest.mark.parametrize('build, attributes', [
-    (deit_with_ratios, dict(keep_ratio=(0.9, 0.8, 0.7, 0.6, 0.5, 0.3), global_pool='token', slow_tokens='similarity')),
-    (deit_with_arguments, dict(
-        stage_starts=(1, 4), selection='layer', representative_token=True, tradeoff=(0.25,) * 6, head_cls=None)),
-    (levit, dict(keep_ratio=(0.4,) * 3, tradeoff=None)),
-    (vit_by_name, dict(keep_ratio=(0.615, 0.26), stage_starts=(2, 6))),
-    (vit_of_the_hub, dict(keep_ratio=(0.615, 0.26), stage_starts=(2, 6))),
+@pytest.mark.parametrize('build, keep_ratio, attributes', [
+    (partial(create, 'evo_deit_tiny'), RATIOS, dict(keep_ratio=RATIOS, global_pool='token', slow_tokens='similarity')),
+    (partial(
+        helpers.build, 'evo_deit_small', num_classes=5, img_size=(32, 48), depth=6, stages=(1, 4), tradeoff=0.25,
+        selection='layer', representative_token=True, assisted_cls=False, keep_ratio=0.3, layer_to_stage_epochs=0,
+        drop_path_rate=0.1),
+     None, dict(stage_starts=(1, 4), selection='layer', representative_token=True, tradeoff=(0.25,) * 6, head_cls=None)),
+    (partial(build_levit, num_classes=4, tradeoff=0.25, keep_ratio=(0.5, 1, 0.3)), 0.4,
+     dict(keep_ratio=(0.4,) * 3, tradeoff=None)),
+    (partial(create, 'evo_vit', base='deit_tiny_patch16_224', stages=(2, 6)), 0.4,
+     dict(keep_ratio=(0.615, 0.26), stage_starts=(2, 6))),
+    (vit_of_the_hub, None, dict(keep_ratio=(0.615, 0.26), stage_starts=(2, 6))),
 ])
 @pytest.mark.parametrize('by_timm', [False, True])
-def test_push_and_reload(hub, build, attributes, by_timm):
+def test_push_and_reload(hub, build, keep_ratio, attributes, by_timm):
     """Bit for bit, readout, keep ratio and all; newer versions of timm record the arguments by themselves."""
-    model = build().eval()
+    model = build()
+    if keep_ratio:
+        model.set_keep_ratio(keep_ratio)
     if by_timm and not hasattr(timm.create_model('test_vit', device='meta'), '_model_args'):
         pytest.skip('this timm does not record model arguments')
     if by_timm:
@@ -225,7 +207,7 @@ def test_push_and_reload(hub, build, attributes, by_timm):
 
 
 def test_a_pushed_model_with_other_arguments(hub):
-    model = deit_with_ratios()
+    model = create('evo_deit_tiny')
     model.push_to_hf_hub('somebody/model')
     warm = timm.create_model('hf-hub:somebody/model', pretrained=True, global_pool='avg', img_size=(48, 32))
     assert torch.equal(warm.head_cls.weight, model.head.weight) and torch.equal(warm.fc_norm.bias, model.norm.bias)

@@ -1,18 +1,15 @@
-"""What is built and installed: source distribution, wheel, metadata."""
+"""What is built and installed: source distribution, wheel, metadata, types."""
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import textwrap
-import zipfile
 from importlib.metadata import Distribution, packages_distributions
-from pathlib import Path
 
 import pytest
 from programs import ROOT, run_python
 
-import timm_evovit
+import timm_evovit_command
 
 MODULES = {'timm_evovit', 'timm_evovit_autoload', 'timm_evovit_command'}  # top-level names that the wheel installs
 BUILD = 'import sys; from setuptools import build_meta; build_meta.{}(sys.argv[1])'
@@ -37,8 +34,7 @@ def sdist(tmp_path_factory):
         shutil.copy2(ROOT / name, tree / name)
     run_python('-c', BUILD.format('build_sdist'), out, cwd=tree)
     archive, = out.iterdir()
-    with tarfile.open(archive) as tar:
-        tar.extractall(out, filter='data')
+    shutil.unpack_archive(archive, out, filter='data')
     return out / archive.name.removesuffix('.tar.gz')
 
 
@@ -48,8 +44,7 @@ def wheel(sdist, tmp_path_factory):
     out = tmp_path_factory.mktemp('wheel')
     run_python('-c', BUILD.format('build_wheel'), out, cwd=sdist)
     archive, = out.iterdir()
-    with zipfile.ZipFile(archive) as files:
-        files.extractall(out / 'unpacked')
+    shutil.unpack_archive(archive, out / 'unpacked', 'zip')
     return out / 'unpacked'
 
 
@@ -84,6 +79,18 @@ def test_wheel_works(wheel, tmp_path):
     assert out.split() == ['EvoVisionTransformer', str(wheel / 'timm_evovit' / '__init__.py')]
 
 
+@pytest.mark.slow
+def test_a_users_script_has_types_and_mistakes_are_found(wheel, tmp_path):
+    """By a strict mypy, with the real types of torch and timm. A package that is all Any would have no mistakes."""
+    pytest.importorskip('mypy', reason="needs pip install '.[test]'")
+    script = ROOT / 'tests' / 'typing' / 'user_script.py'
+    out, err = run_python('-m', 'mypy', '--config-file', '', '--strict', '--follow-imports', 'silent', script,
+                          cwd=tmp_path, fails=True, PYTHONPATH=str(wheel))
+    lines = enumerate(script.read_text().splitlines(), 1)
+    wanted = [(str(number), comment[1]) for number, line in lines if (comment := re.search(r'  # (\S+)$', line))]
+    assert re.findall(r'\.py:(\d+): error: .*\[([\w-]+)\]', out) == wanted and not err, out + err
+
+
 def test_description_has_no_relative_links(metadata):
     """A package index has no files that they could lead to."""
     fields = metadata.metadata
@@ -113,8 +120,7 @@ def test_interrupted_while_the_command_is_imported(tmp_path):
     (tmp_path / 'timm_evovit').mkdir()
     (tmp_path / 'timm_evovit' / '__init__.py').write_text(
         'import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\nexcept BaseException:\n    pass')
-    module = Path(timm_evovit.__file__).parents[1] / 'timm_evovit_command.py'
-    shutil.copy(module, tmp_path)
+    shutil.copy(timm_evovit_command.__file__, tmp_path)
     done = subprocess.run([sys.executable, '-c', 'import timm_evovit_command; timm_evovit_command.main()'], cwd=tmp_path,
                           capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout, done.stderr) == (130, '', 'timm-evovit: interrupted\n')

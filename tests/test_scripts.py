@@ -18,8 +18,6 @@ from timm_evovit.tools.cli import main as timm_evovit
 RECIPES = EXAMPLES / 'recipes'
 SMALL = ['img_size=32', 'patch_size=4', 'embed_dim=48', 'num_heads=3', 'depth=6']
 SMALL_LEVIT = ['img_size=64', 'embed_dim=(16,24,32)', 'key_dim=8', 'num_heads=(2,3,4)', 'depth=(3,1,1)']
-
-
 LEARN = [  # what makes such a model learn something in four epochs
     '--opt', 'adamw', '--lr', 1e-3, '-b', 16, '--scale', 0.8, 1, '--hflip', 0, '--warmup-epochs', 0]
 
@@ -27,11 +25,6 @@ LEARN = [  # what makes such a model learn something in four epochs
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory):
     return write_digits(tmp_path_factory.mktemp('digits'))
-
-
-@pytest.fixture(scope='module')
-def few_digits(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp('few_digits'), per_class=10)
 
 
 def summary(folder):
@@ -132,7 +125,7 @@ def test_recipes_parse():
 @pytest.mark.slow
 @pytest.mark.parametrize('recipe, name, kwargs', [
     ('deit', 'evo_deit_tiny_patch16_224', SMALL), ('levit', 'evo_levit_128s', SMALL_LEVIT)])
-def test_recipes_train(few_digits, tmp_path, recipe, name, kwargs):
+def test_recipes_train(tmp_path, recipe, name, kwargs):
     """A small model, for two epochs, with what else train.py can do; folding batch norms in validate.py changes nothing.
 
     m9 fails in a few images with Pillow 13, see the recipes.
@@ -141,7 +134,8 @@ def test_recipes_train(few_digits, tmp_path, recipe, name, kwargs):
     if recipe == 'levit':
         timm.models.save_for_hf(timm.create_model('resnet10t', num_classes=10), tmp_path / 'teacher')
         teacher = ['--kd-model-name', f'local-dir:{tmp_path / "teacher"}']
-    common = ['--model', name, '--img-size', kwargs[0].partition('=')[2], '--num-classes', 10, '--data-dir', few_digits,
+    data_dir = write_digits(tmp_path / 'digits', per_class=10)
+    common = ['--model', name, '--img-size', kwargs[0].partition('=')[2], '--num-classes', 10, '--data-dir', data_dir,
               '-b', 20, '--device', 'cpu', '--workers', 1, '--model-kwargs', *kwargs]
     run(TIMM_REPO / 'train.py', '--config', RECIPES / f'{recipe}.yaml', *common, 'layer_to_stage_epochs=1', *teacher,
         '--epochs', 2, '--warmup-epochs', 0, '--aug-repeats', 0, '--aa', 'rand-m7-mstd0.5-inc1', '--amp-dtype',

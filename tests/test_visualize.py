@@ -10,8 +10,7 @@ from timm_evovit.tools.cli import main
 from timm_evovit.tools.visualize import draw, find_images, visualize
 
 GAP, TOP, SIDE = 8, 26, 224  # space around a panel, where its picture begins, its smaller side
-DEIT = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=3, mlp_ratio=2, depth=6)
-TINY = ['--model-kwargs', *(f'{k}={v}' for k, v in DEIT.items())]
+TINY = ['--model-kwargs', 'img_size=32', 'patch_size=8', 'embed_dim=24', 'num_heads=3', 'mlp_ratio=2', 'depth=6']
 
 
 def ramp(height=40, width=60):
@@ -118,7 +117,7 @@ def test_turned_is_upright(tmp_path):
     exif[0x0112] = 6  # turned by a quarter
     ramp().save(tmp_path / 'turned.png', exif=exif)
     Image.fromarray(np.rot90(np.asarray(ramp()), -1)).save(tmp_path / 'upright.png')
-    model = build('evo_deit_tiny', **DEIT)
+    model = build('evo_deit_tiny', depth=6)
     (_, turned), (_, upright) = visualize(model, [tmp_path / 'turned.png', tmp_path / 'upright.png'])
     assert np.array_equal(np.asarray(turned)[:TOP + SIDE], np.asarray(upright)[:TOP + SIDE])  # without the names below
 
@@ -136,7 +135,7 @@ def run(tmp_path, capsys):
 
 
 def test_command(photos, run, tmp_path):
-    model = build('evo_deit_tiny', **DEIT)
+    model = build('evo_deit_tiny', depth=6)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
     (tmp_path / 'other').mkdir()
     images = (photos, photos / 'deep' / 'b.png', tmp_path / 'other' / 'b.png')

@@ -183,27 +183,22 @@ def test_a_sharded_model_evolves(fully_shard):
     torch.testing.assert_close(evolve(dense, 0.5)(x), expected)
 
 
-def attributed(kind):
-    """A model, images, and the last modules that see the complete grid with its size, as docs/seeing.md recommends."""
-    if kind == 'levit':
-        model = build_levit()
-        return model, images_for(model, 2), [(stage, stage.grid_size) for stage in model.stages[:2]]
-    if kind == 'deit':
-        model = build_deit(dynamic_img_size=True)
-        layers = [model.blocks[start].grid for start in model.stage_starts]
-    else:
-        model = evolve(build('vit_tiny_patch16_224', dynamic_img_size=True), (0.7, 0.4), stages=(4, 8))
-        layers = [model.blocks[model.stage_starts[0] - 1]]
-    x = images(2, (32, 48))
-    return model, x, [(layer, model.patch_embed.dynamic_feat_size(x.shape[-2:])) for layer in layers]
-
-
 @pytest.mark.slow
 @all_models
 def test_grad_cam(kind):
+    """Of the last modules that see the complete grid, as docs/seeing.md recommends."""
     grad_cam = pytest.importorskip('pytorch_grad_cam', reason='pytorch_grad_cam is not installed')
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    model, x, layers = attributed(kind)
+    x = images(2, 64 if kind == 'levit' else (32, 48))
+    if kind == 'levit':
+        model = build_levit()
+        layers = {stage: stage.grid_size for stage in model.stages[:2]}
+    elif kind == 'deit':
+        model = build_deit(dynamic_img_size=True)
+        layers = {model.blocks[start].grid: (4, 6) for start in model.stage_starts}
+    else:
+        model = evolve(build('vit_tiny_patch16_224', dynamic_img_size=True), (0.7, 0.4), stages=(4, 8))
+        layers = {model.blocks[3]: (4, 6)}
 
     def maps(layer, grid_size, label):
         def grid_of(tokens):
@@ -212,13 +207,13 @@ def test_grad_cam(kind):
         with grad_cam.GradCAM(model, [layer], reshape_transform=grid_of) as cam:
             return cam(input_tensor=x, targets=[ClassifierOutputTarget(label)] * 2)
 
-    for layer, grid_size in layers:
+    for layer, grid_size in layers.items():
         found = [maps(layer, grid_size, label) for label in range(10)]  # negative evidence makes an empty map
         assert {m.shape for m in found} == {(2, *x.shape[2:])}
         assert max(m.max() for m in found) == pytest.approx(1, abs=1e-3)
     if kind == 'evolved':  # 24 patches in 16 groups, which are no grid of 4 x 4
         with pytest.raises(RuntimeError, match='size of dim 1 .16.'):
-            maps(model.blocks[4], layers[0][1], 0)
+            maps(model.blocks[4], (4, 6), 0)
 
 
 def test_images_keep_their_layout_in_evaluation():

@@ -1,4 +1,6 @@
-"""The public names as the documentation uses them. mypy checks this file, nothing runs it: see test_types.py."""
+"""The public names as the documentation uses them, and at the end mistakes that mypy must find, each with the kind of
+error. mypy checks this file, nothing runs it: see test_packaging.py.
+"""
 from typing import Any, Dict, List
 
 import timm
@@ -51,3 +53,10 @@ criterion(deit(images), target).backward()
 arguments: Dict[str, Any] = deit.model_args
 deit.push_to_hf_hub('organisation/name', private=True)
 levit.set_distilled_training(False)
+
+# mistakes
+fast.set_keep_ratio('0.7')  # arg-type
+fast.set_keep_ratios(0.7)  # operator
+evolve(fast, keep='0.7')  # call-arg
+EvoLevit(keep_ratio='0.7')  # arg-type
+print(find_slow_tokens(fast, images)[0].scores)  # attr-defined
