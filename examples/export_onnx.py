@@ -55,7 +55,7 @@ class OnnxRuntime:
     def export(self, model, images, dynamic, path, info):
         torch.onnx.export(
             model, (images,), path, dynamo=True, verbose=False, external_data=False, input_names=['images'],
-            output_names=['logits'], dynamic_shapes=(dynamic,))
+            output_names=['logits'], dynamic_shapes=({i: ('batch', '', 'height', 'width')[i] for i in dynamic},))
         self.describe(path, info)
 
     def quantize(self, path, small, pictures, info):
@@ -176,6 +176,8 @@ def main():
         pictures = read_pictures(args.calibrate, model, args.num_pictures) if args.calibrate else None
     except (OSError, RuntimeError, TypeError, ValueError) as e:
         parser.error(str(e))
+    if not args.pretrained and not args.checkpoint:
+        print('The weights are random; --pretrained or --checkpoint give others.')
     dynamic = {0: torch.export.Dim.DYNAMIC}
     if getattr(model, 'dynamic_img_size', False):
         dynamic.update({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC})
@@ -200,8 +202,8 @@ def main():
                 milliseconds = 1000 * statistics.median(times[path]) / args.batch_size
                 print(f'{name}: {milliseconds:.1f} ms per picture, logits within {error:.1e} of PyTorch')
             if len(files) > 1:
-                ratio = statistics.median(a / b for a, b in zip(*(times[path] for path, _, _ in reversed(files))))
-                print(f'  {ratio:.2f} times as fast')
+                ratios = [a / b for a, b in zip(*(times[path] for path, _, _ in reversed(files)))]
+                print(f'  {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})')
     if not written[0][0][2] <= 1e-3:  # or it is no number
         raise RuntimeError(f'{args.output}: its logits are not those of PyTorch, do not use it.')
 

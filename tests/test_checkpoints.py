@@ -196,7 +196,7 @@ def test_files_that_do_not_fit(saved, kwargs, given, messages, tmp_path):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('model: [', 'args.yaml cannot be read'), ('- 3', 'The model must be named'), ('lr: 3', 'The model must be named')])
+    ('model: [', 'args.yaml cannot be read'), ('- 3', 'The model must be a name'), ('lr: 3', 'The model must be a name')])
 def test_args_yaml_of_something_else(tmp_path, text, message):
     torch.save(build_deit().state_dict(), tmp_path / 'a.pth')
     (tmp_path / 'args.yaml').write_text(text)

@@ -92,7 +92,8 @@ class EvolvedNaFlexVit(EvolvedVit, NaFlexVit):
 
     def _grid_size(self, x: Any) -> Tuple[int, int]:
         if isinstance(x, dict):
-            raise ValueError("output_fmt must be 'NLC' for patches of grids of their own, got 'NCHW'. Images have one.")
+            raise ValueError("output_fmt must be 'NLC' for patches with coordinates, whose grids differ, got 'NCHW'. "
+                             'find_slow_tokens takes images.')
         return self.embeds.dynamic_feat_size(x.shape[-2:])
 
     def _run(

@@ -321,9 +321,9 @@ def run_blocks(
         if is_causal:
             raise ValueError('is_causal must be False where tokens are grouped, got True: groups have no order.')
         shape: Any = tuple(dense_args['attn_mask'].shape)
-        if len(shape) != 4 or shape[2] != 1:
-            raise ValueError(
-                f'attn_mask must be a mask of keys, (B or 1, heads or 1, 1, N), where tokens are grouped, got {shape}.')
+        if len(shape) != 4 or shape[2:] != (1, x.shape[1]):
+            raise ValueError(f'attn_mask must be a mask of keys, (B or 1, heads or 1, 1, N), where tokens are grouped, '
+                             f'and N is {x.shape[1]} here, got {shape}.')
         key_mask = attn_mask
     args, intermediates = dense_args, []
     ratio, groups = (1, 1), TokenGroups(x, num_prefix_tokens, key_mask, grid_size)

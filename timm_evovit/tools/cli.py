@@ -23,6 +23,8 @@ from .load import load_model
 from .sweep import Pictures, Setting, describe, how_to_use, plot, sweep, table
 from .visualize import find_images, sheet, visualize
 
+KEEP_RATIOS = (0.9, 0.7, 0.5, 0.3)  # that sweep measures by default
+
 
 def _create(args: argparse.Namespace, data: Optional[Dict[str, Any]] = None) -> Tuple[Any, Dict[str, Any]]:
     """The model that the command line describes, and the arguments that it was created with."""
@@ -38,10 +40,12 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _visualize(args: argparse.Namespace) -> int:
+    check(bool(args.model or args.checkpoint), '--model', 'given, or --checkpoint with args.yaml beside it', args.model)
     found = {name: find_images(name, args.output) for name in args.images}
     missing = [name for name, paths in found.items() if not paths]
     for name in missing:
-        print(f'timm-evovit: {name} is skipped: no image found; those in --output are left out', file=sys.stderr)
+        reason = 'no image found outside --output' if os.path.exists(name) else 'no such file'
+        print(f'timm-evovit: {name} is skipped: {reason}', file=sys.stderr)
     paths = list(dict.fromkeys(sum(found.values(), [])))
     if not paths:
         return 1
@@ -97,7 +101,7 @@ def _sweep(args: argparse.Namespace) -> int:
     check(dense.num_classes > 0, 'num_classes', '1 or more', dense.num_classes)
     evolves = hasattr(dense, 'set_keep_ratio')
     model = dense if evolves else evolve(dense)
-    settings = []
+    settings, args.keep_ratio = [], args.keep_ratio or getattr(model, 'train_keep_ratio', ()) or KEEP_RATIOS
     for ratio in sorted({1., *args.keep_ratio}, reverse=True):
         model.set_keep_ratio(ratio)  # a wrong one is refused before the work
         settings.append(Setting(model, ratio, args.amp_dtype))
@@ -178,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--class-map', metavar='FILE', default='', help='numbers of the classes')
     add('--no-labels', action='store_true', help="only compare predictions with the dense model's")
     add('--limit', metavar='N', type=int, help='take N pictures, drawn at random but always the same')
-    add('--keep-ratio', type=float, nargs='+', default=[0.9, 0.7, 0.5, 0.3], help='beside 1 (default: 0.9 0.7 0.5 0.3)')
+    add('--keep-ratio', type=float, nargs='+', help='beside 1 (default: train_keep_ratio, or 0.9 0.7 0.5 0.3)')
     add('--max-drop', type=float, help='points of top-1 (default: 1), without labels percentage of predictions (5)')
     add('-b', '--batch-size', metavar='N', type=int, default=64, help='default: 64')
     add('-j', '--workers', metavar='N', type=int, default=min(4, os.cpu_count() or 1), help='default: 4, or all cores')

@@ -50,6 +50,7 @@ def convert(
         name = re.sub('^evo_?', 'evo_', name.lower().replace('-', '_'))
     # before a download: wrong arguments fail here, and the download needs the full name
     model_kwargs = {**(read_args(checkpoint).get('model_kwargs', {}) if checkpoint else {}), **(model_kwargs or {})}
+    check(not Path(name).is_file(), 'The first argument', 'the name of a model, before the file of weights', name)
     model: Any = timm.create_model(name, device='meta', **model_kwargs)
     check(hasattr(model, 'rename_authors'), 'The model to be converted', 'an Evo-DeiT or Evo-LeViT', name)
     variant = model.pretrained_cfg['architecture']

@@ -105,7 +105,8 @@ def load_model(
     """
     weights, trained = (read_weights(checkpoint, use_ema), read_args(checkpoint)) if checkpoint else ({}, {})
     name = name or trained.get('model', '')
-    check(bool(name), 'The model', 'named (visualize: --model), where no args.yaml beside a checkpoint does so', name)
+    known = bool(name) and not Path(name).is_file()
+    check(known, 'The model', 'a name, unless args.yaml beside a --checkpoint, a file of weights, has it', name)
     size = {'input_size': (3, *to_2tuple(kwargs['img_size']))} if 'img_size' in kwargs else {}
     kwargs = {**trained.get('model_kwargs', {}), **head_args(weights), **kwargs}
     model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
