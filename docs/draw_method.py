@@ -77,7 +77,8 @@ def draw(name, titles, captions, patches, divided, groups, edges, tokens):
             square(image, left[2] + (column + 0.05) * step, top - (row + 0.95) * step, 0.9 * step, color)
     middle = left[2] + GRID * CELL / 2
     box = dict(boxstyle='square,pad=0.7', fc='white', ec=INK, lw=2)
-    axis.text(middle, 19, 'unchanged blocks', ha='center', va='center', size=13, bbox=box)
+    blocks = 'the blocks' if name == 'class_attention' else 'unchanged blocks'
+    axis.text(middle, 19, blocks, ha='center', va='center', size=13, bbox=box)
     arrows = [((x + GRID * CELL + 1, 18.8), (x + 27.6, 18.8)) for x in left[:3]]
     for start, end in (*arrows, ((middle, 24.2), (middle, 21.3)), ((middle, 16.9), (middle, 14))):
         axis.annotate('', end, start, arrowprops=dict(arrowstyle='-|>', color=INK, lw=2, mutation_scale=18))
