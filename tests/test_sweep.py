@@ -190,6 +190,13 @@ def test_speed_is_the_median_of_rounds():
     assert [row['speed_up'] for row in rows] == [1, 2] and rows[1]['speed_up_range'] == [1, 4]
 
 
+def test_the_keep_ratios_of_the_training(digits, tmp_path):
+    args = [*words('vit_tiny_patch16_224'), 'base=vit_tiny_patch16_224', 'train_keep_ratio=(0.4,0.8)', '--rounds', '1', '-j',
+            '0', '--data-dir', str(digits), '--output', str(tmp_path)]
+    assert main(['sweep', 'evo_vit', *args[1:]]) == 0
+    assert [r['keep_ratio'] for r in json.loads((tmp_path / 'sweep.json').read_text())['rows']] == [1, 0.8, 0.4]
+
+
 def test_mixed_precision():
     setting = sweep.Setting(classifier('evo_deit_tiny'), 1., 'bfloat16')
     assert setting(torch.zeros(1, 3, 32, 32)).dtype == torch.bfloat16
@@ -385,7 +392,7 @@ def test_without_matplotlib(command, digits, tmp_path, monkeypatch):
     (['--data-dir', 'damaged', '--no-labels'], 'None of the 1 pictures can be read'),
     (['--dataset', 'wds/some'], "--dataset must be torch/NAME or hfds/NAME, got 'wds/some'"),
     (['--keep-ratio', '0.5', '0'], 'keep_ratio must be in (0, 1], got 0'),
-    (['--limit', '-1'], '--limit must be 1 or more'),
+    (['--limit', '0'], '--limit must be 1 or more, got 0'),
     (['--checkpoint', 'missing.pth'], 'missing.pth'),
     (['--output', 'map.txt'], "--output must be a folder to write to, got 'map.txt': Not a directory"),
     (['--output', 'map.txt/new'], "--output must be a folder to write to, got 'map.txt/new': Not a directory"),

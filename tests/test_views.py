@@ -214,6 +214,11 @@ class OwnLoop(VisionTransformer):
         return self.norm(self.blocks(super()._pos_embed(self.patch_embed(x))))
 
 
+class OtherName(VisionTransformer):
+    def forward_features(self, x, attn_mask=None, is_causal=False):
+        return self.norm(self.layers(super()._pos_embed(self.patch_embed(x))))
+
+
 class PastSuper(VisionTransformer):
     def forward(self, x):
         return self.forward_head(VisionTransformer.forward_features(self, x))
@@ -248,6 +253,12 @@ def test_a_forward_of_ones_own_that_evolves():
     torch.testing.assert_close(evolve(dense, 0.5)(x), evolve(plain, 0.5)(x))
 
 
+def test_a_configuration_of_ones_own():
+    model = build_kind()
+    model.pretrained_cfg = {'mean': (0.5,) * 3}
+    assert evolve(model).pretrained_cfg == model.pretrained_cfg
+
+
 class MasklessBlock(Block):
     def forward(self, x):
         return super().forward(x)
@@ -276,6 +287,7 @@ def with_other_blocks():
     (with_other_blocks, 'blocks must be an nn.Sequential or nn.ModuleList, got Identity'),
     (lambda: WithoutSuper(**helpers.TINY), r'WithoutSuper.forward_features must call that of VisionTransformer by super'),
     (lambda: OwnLoop(**helpers.TINY), 'OwnLoop.forward_features must call .*, and not use self.blocks'),
+    (lambda: OtherName(**helpers.TINY), 'OtherName.forward_features must call'),
     (lambda: LoopInMethod(**helpers.TINY), 'LoopInMethod.forward must call .*, and not use self.blocks'),
     (lambda: PastSuper(**helpers.TINY), 'PastSuper.forward must call'),
     (lambda: OwnEmbed(**helpers.TINY), 'OwnEmbed._embed has the name of a method that evolve adds'),
@@ -355,6 +367,8 @@ def test_a_weight_of_keys_is_summed_over_groups():
     some[:, 1, :, 5:] = -1.
     z = evolved.forward_features(x, attn_mask=some)
     assert not torch.allclose(z, y)
+    with pytest.raises(ValueError, match=r'N is \d+ here, got'):
+        evolved.forward_features(x, attn_mask=some[..., 1:])
     evolved.set_keep_ratio(1)
     assert torch.equal(evolved.forward_features(x, attn_mask=some), evolved._evolved_from.forward_features(x, attn_mask=some))
 

@@ -167,4 +167,6 @@ def test_an_image_that_cannot_be_read_or_found(photos, run):
     assert status == 1 and drawn == ['a.png', 'b.png', 'c.png']  # each once
     for name in ('bad.png', 'cut.png', 'none.png'):
         assert f'{name} is skipped: ' in err
+    assert 'none.png is skipped: no such file' in err
+    assert '--model must be given' in run(['evo_deit_tiny', photos], output='none')[2]
     assert run([photos / 'none.png', photos / 'x*'], '--model', 'evo_deit_tiny', *TINY, output='none')[:2] == (1, [])
