@@ -30,7 +30,7 @@ NOT_RUN = {  # beginning of a command, or a part of it: why it is not run here
     r'timm-evovit convert \S+ --output': 'downloads from Google Drive',
     r'.*benchmarks/accuracy': 'takes hours; test_benchmarks.py has it in small',
     r'.*benchmarks/report': 'test_benchmarks.py compares what it makes with the pages',
-    r'.*--suite': 'takes an hour; test_benchmarks.py has it in small',
+    r'.*(--suite|benchmarks/service)': 'takes long; test_benchmarks.py has it in small',
 }
 IN_SMALL = {  # part of a command: arguments that take the place of those before, to run it in seconds
     'examples/quickstart.py': '--epochs 1',
