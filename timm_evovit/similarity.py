@@ -62,7 +62,6 @@ def product(a: torch.Tensor, b: torch.Tensor, base: Optional[torch.Tensor] = Non
         return a.bmm(b) if base is None else base.baddbmm_(a, b)
 
 
-@torch.fx.wrap
 def take_and_add(x: torch.Tensor, token_idx: torch.Tensor, adds: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
     """Take tokens of x (B, N, C) by index (B, M), and add to each the rows of `update` (B, R, C) where `adds` is True.
 
@@ -197,6 +196,19 @@ def group_tokens(
 
 
 @torch.fx.wrap
+def ungroup_tokens(
+        x: torch.Tensor, slow_idx: torch.Tensor, joined_idx: torch.Tensor, target_idx: torch.Tensor,
+        restoration: torch.Tensor) -> torch.Tensor:
+    """Undo a `Grouping` after any number of blocks: slow tokens x (B, M, C) to the sequence (B, N, C) before it.
+
+    Each token gets what the blocks added to its slow token.
+    """
+    position = torch.arange(slow_idx.shape[1], device=x.device).unsqueeze(1)
+    adds = [position == joined_idx.unsqueeze(1), slow_idx.unsqueeze(2) == target_idx.unsqueeze(1)]
+    return take_and_add(x, slow_idx, torch.cat(adds, dim=2), restoration)
+
+
+@torch.fx.wrap
 def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
     """Rotary embeddings (B, heads or 1, M, d), by index (B, M), of (B or 1, heads or 1, n, d) or fewer dimensions."""
     while rope.ndim < 4:
@@ -251,10 +263,7 @@ class TokenGroups:
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Slow tokens (B, M, C), after any number of blocks, to the complete sequence (B, N, C) in raster order."""
         for slow_idx, _, joined_idx, target_idx, restoration in reversed(self.groupings):
-            # each token before + slow token after the blocks - slow token before, with what changes only
-            position = torch.arange(slow_idx.shape[1], device=x.device).unsqueeze(1)
-            adds = [position == joined_idx.unsqueeze(1), slow_idx.unsqueeze(2) == target_idx.unsqueeze(1)]
-            x = take_and_add(x, slow_idx, torch.cat(adds, dim=2), restoration)
+            x = ungroup_tokens(x, slow_idx, joined_idx, target_idx, restoration)
         return x
 
     def attn_mask(self, x: torch.Tensor) -> torch.Tensor:
