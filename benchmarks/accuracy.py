@@ -2,22 +2,17 @@
 """Accuracy of Evo-ViT and its dense twins, trained from scratch on real pictures, and the speed of both.
 
     python benchmarks/accuracy.py train dense evo-stage evo-layer-to-stage --seeds 0 1 2 --data-dir cifar10
-    python benchmarks/accuracy.py train dense evo-stage@0.7 --dataset torch/cifar10 --data-dir data
     python benchmarks/accuracy.py time dense evo-stage evo-layer-to-stage
 
-`train` trains small models on any image folder or timm dataset for equal epochs; all variants of a seed see the same
-batches. Pictures are decoded once, into memory. After every epoch the checkpoint in --work-dir and a JSON file per
-variant and seed in --output are written anew; started again, it goes on at the epoch it was in, and leaves what is
-finished alone. `time` measures training and inference in turns with the first variant: run it when the machine has
-nothing else to do. `report.py --accuracy` prints tables of both.
+`train` trains small models on an image folder or timm dataset. All variants of a seed see the same batches. Started
+again, it goes on at the epoch it was in. `time` measures training and inference in turns with the first variant: run it
+when the machine has nothing else to do. `report.py --accuracy` prints tables of both.
 
 A variant is one of those below, `@RATIO` appended for another keep ratio, such as `evo-stage@0.7`:
 """
 import argparse
-import base64
 import hashlib
 import json
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -97,10 +92,6 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f"{' '.join(args.variants)}: each variant once, and one family, DeiT or LeViT, at a time")
     (args.family,) = families
     args.img_size = args.img_size or (32 if args.family == 'deit' else 64)
-    if args.img_size % args.patch_size:
-        parser.error(f'--img-size must be a multiple of {args.patch_size}, got {args.img_size}')
-    if args.command == 'train' and not args.dataset and not Path(args.data_dir).is_dir():
-        parser.error(f'--data-dir {args.data_dir!r} is no folder, and there is no --dataset')
     return args
 
 
@@ -205,26 +196,12 @@ def batches(
         yield crop_and_flip(images[chosen], args.padding, generator), labels[chosen].to(args.device)
 
 
-def evaluate(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> Tuple[float, float, torch.Tensor]:
-    """Top-1 in percent, cross entropy and predicted classes."""
+def evaluate(trainer: Trainer, images: torch.Tensor, labels: torch.Tensor) -> Tuple[float, float, str]:
+    """Top-1 in percent, cross entropy, and 1 for each picture that is classified rightly, 0 for the others."""
     logits = torch.cat([trainer.infer(normalize(batch, trainer.img_size)).cpu() for batch in images.split(256)])
-    predictions = logits.argmax(1)
+    found = logits.argmax(1) == labels
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
-    return 100 * (predictions == labels).float().mean().item(), loss, predictions
-
-
-def pack(classes: torch.Tensor, num_classes: int) -> str:
-    """Class indices as text: base64 of the zlib-compressed bytes, one per picture, two of more than 256 classes."""
-    dtype = np.uint8 if num_classes <= 256 else np.dtype('<u2')
-    return base64.b64encode(zlib.compress(classes.numpy().astype(dtype).tobytes(), 9)).decode()
-
-
-def right(run: Dict[str, Any]) -> np.ndarray:
-    """100 for each picture that is classified rightly, 0 for the others."""
-    dtype = np.uint8 if run['num_classes'] <= 256 else np.dtype('<u2')
-    predictions, labels = (
-        np.frombuffer(zlib.decompress(base64.b64decode(run[key])), dtype) for key in ('predictions', 'labels'))
-    return 100. * (predictions == labels)
+    return 100 * found.float().mean().item(), loss, ''.join(map(str, found.int().tolist()))
 
 
 def configuration(args: argparse.Namespace) -> Dict[str, Any]:
@@ -253,7 +230,7 @@ def train_one(variant: str, seed: int, data: Dict[str, Data], args: argparse.Nam
         **identity, 'finished': False, **harness.made_with('accuracy', args.argv, args.device),
         'parameters': sum(p.numel() for p in model.parameters()), 'num_classes': num_classes,
         'images': {split: len(data[split][1]) for split in ('train', 'validation')},
-        'top1': [], 'validation_loss': [], 'train_loss': [], 'labels': pack(data['validation'][1], num_classes)}
+        'top1': [], 'validation_loss': [], 'train_loss': []}
     code = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     checkpoint = args.work_dir / f'{variant}-seed{seed}-{code}.pt'
     if checkpoint.exists():
@@ -267,19 +244,17 @@ def train_one(variant: str, seed: int, data: Dict[str, Data], args: argparse.Nam
             trainer.scheduler.step_update(i)
             losses.append(trainer.step(epoch, normalize(images, trainer.img_size), target))
         report['train_loss'].append(torch.stack(losses).mean().item())
-        top1, loss, predictions = evaluate(trainer, *data['validation'])
+        top1, loss, report['right'] = evaluate(trainer, *data['validation'])
         report['top1'].append(top1)
         report['validation_loss'].append(loss)
         report['finished'] = epoch + 1 == args.epochs
-        report['predictions'] = pack(predictions, num_classes)
         others = {*getattr(model, 'train_keep_ratio', ())} - {VARIANTS[split_variant(variant)[0]][1].get('keep_ratio')}
         for ratio in others if report['finished'] and '@' not in variant else ():
             model.set_keep_ratio(ratio)
-            top1_at_ratio, loss, predictions = evaluate(trainer, *data['validation'])
+            at_ratio, loss, right = evaluate(trainer, *data['validation'])
             name = f'{variant}@{ratio:g}'
             harness.write(args.output / f'{name}-seed{seed}.json', {
-                **report, 'variant': name, 'top1': [top1_at_ratio], 'validation_loss': [loss],
-                'predictions': pack(predictions, num_classes)})
+                **report, 'variant': name, 'top1': [at_ratio], 'validation_loss': [loss], 'right': right})
         harness.write(path, report)
         with harness.whole(checkpoint) as partial:
             torch.save(
@@ -310,36 +285,24 @@ def measure(args: argparse.Namespace) -> None:
         if getattr(trainer.model, 'layer_to_stage_epochs', 0):
             steps[variant, 'first'] = partial(trainer.step, 0, images[variant], target)
     times = harness.time_in_turns(steps, args.rounds, warmup=1, seconds=0.5, device=args.device)
-    results = {}
+    rows, baseline = [], {}
     for variant, trainer in trainers.items():
         share = getattr(trainer.model, 'layer_to_stage_epochs', 0) / args.epochs
         train, inference, first = (
             np.divide(times.get((variant, what), 0), args.batch_size) for what in ('train', 'inference', 'first'))
-        results[variant] = {'train': list((1 - share) * train + share * first), 'inference': list(inference)}
-        print(f'{variant}:', *(f'{what} {1e6 * np.median(found):.0f} us' for what, found in results[variant].items()))
+        seconds = {'train': (1 - share) * train + share * first, 'inference': inference}
+        baseline = baseline or seconds
+        rows.append({**configuration(args), 'variant': variant, **{
+            what: harness.summarize(found, baseline[what], 1) for what, found in seconds.items()}})
     name = '-'.join(filter(None, ['time', args.family, args.amp, args.no_fused_attn and 'explicit']))
-    harness.write(args.output / f'{name}.json', {
-        **harness.made_with('accuracy', args.argv, args.device), 'configuration': configuration(args),
-        'baseline': args.variants[0], 'seconds_per_image': results})
+    harness.Report('accuracy', args.output / f'{name}.json', args.device, args.argv).add(*rows)
 
 
-def rows(report: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """What a report is of, with the configuration: a run, or each variant that was timed, over the baseline."""
-    times, found = report.get('seconds_per_image'), {**report['configuration'], **report}
-    if times is None:
-        return [found]
-    return [{**found, 'variant': variant, **{
-        what: harness.summarize(seconds, times[report['baseline']][what], 1) for what, seconds in measured.items()}}
-        for variant, measured in times.items()]
-
-
-def title(run: Dict[str, Any]) -> Tuple[str, str]:
-    """Model and training of a run, and its number format."""
-    model = 'LeViT, widths {}, {}, {}, stem s8'.format(*(run['width'] * i for i in (1, 2, 3)))
-    if run['family'] == 'deit':
-        model = 'DeiT, width {width}, depth {depth}, {heads} heads, patch {patch_size}'.format_map(run)
-    return (model + ', {img_size} x {img_size}: {epochs} epochs, lr {lr:g}'.format_map(run),
-            f"{run['amp'] or 'float32'}, {'explicit' if run['no_fused_attn'] else 'fused'} attention")
+def title(run: Dict[str, Any]) -> str:
+    """Model, training and number format of a run."""
+    return '{} of width {width}, {img_size} x {img_size} pixels, {epochs} epochs, {}, {} attention'.format(
+        'DeiT' if run['family'] == 'deit' else 'LeViT', run['amp'] or 'float32',
+        'explicit' if run['no_fused_attn'] else 'fused', **run)
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -8,17 +8,17 @@ Models are built without weights on the meta device, and their first four blocks
 one runs on groups of patches. It is refused for the reason that `evolve` gives.
 """
 import re
-import sys
 from typing import Any, Dict, List, Optional
 
 import harness
 import timm
 import torch
-from timm.models import model_entrypoint
 
 from timm_evovit import evolve
 
-CLASSES = ('VisionTransformer', 'VisionTransformerDistilled', 'Eva', 'NaFlexVit', 'Beit', 'VisionTransformerRelPos')
+MODULES = [
+    'vision_transformer', 'vision_transformer_hybrid', 'vitamin', 'deit', 'eva', 'naflexvit', 'beit',
+    'vision_transformer_relpos']
 FAMILIES = {  # the first whose pattern is found in the name of an architecture
     'NaFlexViT': 'naflexvit', 'ViT with relative positions': 'relpos', 'BEiT, BEiT v2': '^beit(v2)?_',
     'DINOv3': 'dinov3', 'DINOv2': 'dinov2', 'DeiT III': 'deit3', 'DeiT': 'deit', 'EVA-02': 'eva02', 'EVA': 'eva',
@@ -49,18 +49,13 @@ def why_refused(model: torch.nn.Module) -> Optional[str]:
 def main(argv: Optional[List[str]] = None) -> None:
     args = harness.parser(__doc__).parse_args(argv)
     families: Dict[str, Dict[str, Any]] = {}
-    for name in timm.list_models():
-        module = sys.modules[model_entrypoint(name).__module__]
-        if module.__name__.startswith('timm_evovit') or not any(hasattr(module, c) for c in CLASSES):
-            continue
-        model = timm.create_model(name, device='meta')
-        if type(model).__name__ in CLASSES:
-            family = next(f for f, pattern in FAMILIES.items() if re.search(pattern, name))
-            row = families.setdefault(family, dict(model=family, architectures=0, evolve=0, such_as=name, refused={}))
-            reason = why_refused(model)
-            row['architectures'] += 1
-            row['evolve'] += reason is None
-            row['refused'].update({name: reason} if reason else {})
+    for name in timm.list_models(module=MODULES):
+        family = next(f for f, pattern in FAMILIES.items() if re.search(pattern, name))
+        row = families.setdefault(family, dict(model=family, architectures=0, evolve=0, such_as=name, refused={}))
+        reason = why_refused(timm.create_model(name, device='meta'))
+        row['architectures'] += 1
+        row['evolve'] += reason is None
+        row['refused'].update({name: reason} if reason else {})
     harness.Report('families', args.output, argv=argv).add(*(row for _, row in sorted(families.items())))
 
 

@@ -1,9 +1,4 @@
-"""What the benchmarks share: timing in turns, memory, what a run was made with, result files.
-
-Models are timed in rounds. Every round times each model once, in turn, so that a machine whose speed drifts slows all
-of them alike. The speed-up is the median over the rounds of the ratio within a round, its spread the lowest and the
-highest ratio.
-"""
+"""What the benchmarks share: memory, what a run was made with, result files."""
 import argparse
 import datetime
 import json

@@ -4,14 +4,7 @@
     python benchmarks/report.py                              # README.md and all pages of docs/
     python benchmarks/report.py --accuracy output/cifar10    # only print the tables of runs of accuracy.py
 
-A page marks where a table goes, which replaces what is between the marks, and which file a plot is drawn to:
-
-    <!-- table: speed file=speed-cpu batch_size=32,8 -->
-    <!-- end -->
-    <!-- plot: speed docs/speed.png file=speed-cpu -->
-
-The first word is a key of TABLES or PLOTS; the name of a plot's file follows. The others choose rows by their values,
-and `file` result files by how their names begin, by default like the first word.
+README.md beside this file describes the marks in the pages.
 """
 import argparse
 import json
@@ -22,9 +15,10 @@ from contextlib import suppress
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Union
 
 import accuracy
+import matplotlib
 import numpy as np
 import timm
 from matplotlib.figure import Figure
@@ -53,6 +47,9 @@ LINES = {  # of the plot of accuracy.py, by what they are called
     "class attention, the paper's": ('evo-stage@1', 'evo-stage@0.7', 'evo-stage')}
 SPEED_UP = '**{speed_up:.2f}** ({speed_up_min:.2f} - {speed_up_max:.2f})'
 LOST = '{lost:.2f} ± {lost_error:.2f}'
+matplotlib.rcParams.update({
+    'figure.figsize': (7.2, 4.2), 'figure.constrained_layout.use': True, 'axes.grid': True, 'grid.alpha': 0.3,
+    'legend.frameon': False})
 Row = Dict[str, Any]
 Column = Union[str, Callable[[Row], str]]  # what it shows of a row, a format or a function
 
@@ -68,7 +65,7 @@ def read(mark: str, results: Path) -> List[Row]:
     for path in sorted(results.rglob('*.json')):
         if path.relative_to(results).as_posix().startswith(prefix):
             of = json.loads(path.read_text())
-            found = of['rows'] if 'rows' in of else accuracy.rows(of)
+            found = of['rows'] if 'rows' in of else [{**of['configuration'], **of}]
             by_run = {(row.get('run'), row.get('seed'), row.get('model')): row for row in found}
             rows += [{**row, 'of': of, 'dense': by_run.get((row.get('run'), row.get('seed'), row.get('baseline')))}
                      for row in found if of.get('benchmark') != 'speed' or row['model'] != row['baseline']]
@@ -181,14 +178,14 @@ def models_table(rows: List[Row]) -> str:
 
 def families_table(rows: List[Row]) -> str:
     """Architectures that evolve by family, and those that do not by the reason."""
-    total = {'model': 'all', **{key: sum(r[key] for r in rows) for key in ('architectures', 'evolve')}}
-    columns = {'family': '{model}', 'architectures': '{architectures}', 'evolve': '{evolve}', 'such as': '`{such_as}`'}
+    total = f"{sum(r['evolve'] for r in rows)} of {sum(r['architectures'] for r in rows)} architectures evolve"
+    columns = {'family': '{model}', total: '{evolve} of {architectures}', 'such as': '`{such_as}`'}
     refused = grouped([item for r in rows for item in r['refused'].items()], itemgetter(1))
     reasons = [[', '.join(f'`{name}`' for name, _ in of), reason.rstrip('.')] for reason, of in refused.items()]
-    return table(columns, [*rows, total]) + '\n\n' + markdown(['not', 'because'], reasons)
+    return table(columns, rows) + '\n\n' + markdown(['not', 'because'], reasons)
 
 
-def compare(rows: List[Row]) -> Dict[Tuple[str, str], List[Row]]:
+def compare(rows: List[Row]) -> Dict[str, List[Row]]:
     """By configuration, figures of the finished runs of each variant, the baseline first.
 
     Of the difference to the baseline of the same seed there are two 95 % intervals: over seeds says how much another
@@ -196,18 +193,17 @@ def compare(rows: List[Row]) -> Dict[Tuple[str, str], List[Row]]:
     """
     runs = [row for row in rows if row.get('finished')]
     runs.sort(key=lambda run: (run['variant'] not in ('dense', 'levit'), run['variant'], run['seed']))
-    timings = sorted((row for row in rows if 'inference' in row), key=lambda row: row.get('date', ''))
+    timings = sorted((row for row in rows if 'inference' in row), key=lambda row: row['of'].get('date', ''))
     latest = {(accuracy.title(timing), timing['variant']): timing for timing in timings}
-    compared: Dict[Tuple[str, str], List[Row]] = {}
+    compared: Dict[str, List[Row]] = {}
     for (name, variant), of in grouped(runs, lambda run: (accuracy.title(run), run['variant'])).items():
         found = compared.setdefault(name, [])
         v = {**latest.get((name, variant), {}), 'variant': variant, 'runs': of, 'top1': [run['top1'][-1] for run in of]}
         baselines = found[0]['runs'] if found else ()
         pairs = [(run, dense) for run in of for dense in baselines if run['seed'] == dense['seed']]
-        if any(run['labels'] != dense['labels'] for run, dense in pairs):
-            raise ValueError(f'{variant} and the dense model were validated on different pictures')
         if pairs:
-            gained = np.array([accuracy.right(run) - accuracy.right(dense) for run, dense in pairs])
+            gained = np.array([[100 * (int(a) - int(b)) for a, b in zip(run['right'], dense['right'], strict=True)]
+                               for run, dense in pairs])
             v['gained'] = gained.mean()
             v['over_images'] = stats.ttest_1samp(gained.mean(axis=0), 0).confidence_interval()
         if len(pairs) > 1:
@@ -226,13 +222,13 @@ def accuracy_table(rows: List[Row]) -> str:
         '95 % over images': '{over_images[0]:+.2f} to {over_images[1]:+.2f}',
         **{f'{name}, times as fast (lowest - highest)': lambda v, key=key: SPEED_UP.format_map(v[key])
            for name, key in (('training', 'train'), ('inference', 'inference'))}}
-    return '\n\n'.join(f"**{', '.join(name)}**\n\n{measured(columns, v)}" for name, v in compare(rows).items())
+    return '\n\n'.join(f'**{name}**\n\n{measured(columns, v)}' for name, v in compare(rows).items())
 
 
 def accuracy_plot(rows: List[Row]) -> Figure:
     """Top-1 of small models against their speed in inference, the mean of the seeds and each of them."""
     (variants,) = compare(rows).values()
-    axis = Figure(figsize=(7.2, 4.2), layout='constrained').add_subplot()
+    axis = Figure().add_subplot()
     timed = [v for v in variants if 'inference' in v]
     for (label, names), marker, line in zip(LINES.items(), 'osD^', ('-', '--', ':', '-.')):
         found = [(v['inference']['speed_up'], v['top1']) for v in timed if v['variant'] in names]
@@ -240,15 +236,14 @@ def accuracy_plot(rows: List[Row]) -> Figure:
         axis.plot(*zip(*means), marker=marker, ls=line, ms=8, label=label)
         axis.plot(*zip(*((speed_up, x) for speed_up, top1 in found for x in top1)), 'k.', ms=3)
     axis.set(xlabel='times as fast as dense in inference, measured', ylabel='top-1 on CIFAR-10 (%)')
-    axis.grid(alpha=0.3)
-    axis.figure.legend(handlelength=4, frameon=False, loc='outside upper center', ncols=2)
+    axis.figure.legend(handlelength=4, loc='outside upper center', ncols=2)
     return axis.figure
 
 
 def speed_plot(rows: List[Row]) -> Figure:
     """Speed-up of each row with its range, and the ratio of multiply-adds."""
     y = range(len(rows))
-    axis = Figure(figsize=(7.2, 1.2 + 0.27 * len(rows)), layout='constrained').add_subplot()
+    axis = Figure(figsize=(7.2, 1.2 + 0.27 * len(rows))).add_subplot()
     axis.hlines(y, [r['speed_up_min'] for r in rows], [r['speed_up_max'] for r in rows], color='C0', lw=2, alpha=0.4)
     axis.plot([r['speed_up'] for r in rows], y, 'o', color='C0', label='measured, with its range')
     ratios = [r.get('ratio', math.nan) for r in rows]
@@ -258,14 +253,13 @@ def speed_plot(rows: List[Row]) -> Figure:
     axis.set_yticks(y, names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel('times as fast as the dense model')
-    axis.grid(axis='x', alpha=0.3)
-    axis.figure.legend(loc='outside upper center', ncols=2, frameon=False, fontsize=8)
+    axis.figure.legend(loc='outside upper center', ncols=2, fontsize=8)
     return axis.figure
 
 
 def deploy_speed_plot(rows: List[Row]) -> Figure:
     """Speed-up of each model in each runtime by batch size, and the ratio of multiply-adds."""
-    figure = Figure(figsize=(9, 5.2), layout='constrained')
+    figure = Figure(figsize=(9, 5.2))
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
     for axis, (name, of) in zip(axes.flat, grouped(deployed(rows), itemgetter('name')).items()):
         for batch_size, marker in ((1, 'o'), (8, 's'), (32, '^')):
@@ -273,10 +267,9 @@ def deploy_speed_plot(rows: List[Row]) -> Figure:
             axis.plot(*zip(*found), marker, mfc='none', label=f'batch of {batch_size}')
         axis.axvline(next(r['ratio'] for r in of if 'ratio' in r), color='C3', label='ratio of multiply-adds')
         axis.set_title(name, fontsize=9)
-        axis.grid(alpha=0.3)
     axes[0, 0].invert_yaxis()
     figure.supxlabel('times as fast as the dense model in the same runtime')
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=4, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=4)
     return figure
 
 
@@ -284,7 +277,7 @@ def without_training_plot(rows: List[Row]) -> Figure:
     """Points of top-1 that trained models lose against measured speed-up, by method."""
     timed = {r['method']: r['speed_up'] for r in rows if 'speed_up' in r and not r['model'].startswith('dense')}
     lost = [r for r in rows if 'lost' in r and r['method'] != 'dense' and r['method'] in timed]
-    axis = Figure(figsize=(7.2, 4.2), layout='constrained').add_subplot()
+    axis = Figure().add_subplot()
     axis.plot(1, 0, 'k*', ms=10, ls='', label='dense')
     labels = {'similarity': 'evolve, by similarity', 'attention': "Evo-DeiT, by class attention (paper's)"}
     lines = ['-', '--', '-.', ':', (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (4, 4))]
@@ -301,8 +294,7 @@ def without_training_plot(rows: List[Row]) -> Figure:
     axis.invert_yaxis()
     axis.set(xlabel='times as fast as the dense model, measured', ylabel='points of top-1 lost (square root scale)',
              yticks=(0, 1, 2, 5, 10, 20))
-    axis.grid(alpha=0.3)
-    axis.figure.legend(handlelength=4, frameon=False, loc='outside upper center', ncols=3)
+    axis.figure.legend(handlelength=4, loc='outside upper center', ncols=3)
     return axis.figure
 
 
@@ -314,7 +306,7 @@ TABLES: Dict[str, Callable[[List[Row]], str]] = {
             f"{x['images_per_second']:{'.0f' if x['images_per_second'] >= 100 else '.3g'}}" for x in (r['dense'], r)),
         'peak memory (MB), dense / this': lambda r: ' / '.join(
             f"{x['peak_memory'] / 1e6:.0f}" for x in (r['dense'], r))}),
-    'dense_features': partial(measured, {
+    'segmentation': partial(measured, {
         'backbone': '{model}', 'share of multiply-adds': lambda r: f"{1 / r['ratio']:.3f}",
         'mean IoU %': '{mean_iou:.2f}',
         'points lost': lambda r: f"{r['dense']['mean_iou'] - r['mean_iou']:.2f}" if r['model'] != r['baseline'] else '',
@@ -356,8 +348,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--accuracy', type=Path, metavar='DIR', help='print the tables of runs of accuracy.py')
     args = parser.parse_args(argv)
     if args.accuracy:
-        rows = read('accuracy file=', args.accuracy)
-        print(accuracy_table(rows))
+        print(accuracy_table(read('accuracy file=', args.accuracy)))
     for page in args.pages if not args.accuracy else ():
         page.write_text(fill(page))
         for name, file, conditions in PLOT.findall(page.read_text()):

@@ -2,7 +2,6 @@
 """Speed of models side by side: images per second, peak memory and multiply-adds against a baseline.
 
     python benchmarks/speed.py evo_deit_small_patch16_224 --against deit_small_patch16_224
-    python benchmarks/speed.py evo_deit_small_patch16_224 --against deit_small_patch16_224 --train
     python benchmarks/speed.py evo_levit_256 --against levit_256 --reparam --output benchmarks/results/speed-levit.json
     python benchmarks/speed.py model.onnx model.int8.onnx --against deit_small_patch16_224
     python benchmarks/speed.py --suite benchmarks/suites/cpu.txt --output benchmarks/results/speed-cpu.json

@@ -1,19 +1,12 @@
 #!/usr/bin/env python3
 """What evolving a trained model costs without further training, beside other methods by their authors' code.
 
-    python benchmarks/accuracy.py train dense --seeds 0 1 2 --data-dir cifar10
-    python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --rounds 0 \\
-        --tome ToMe --pitome PiToMe --evit evit --output benchmarks/results/without_training.json
-    python benchmarks/without_training.py output/accuracy/dense-seed0-*.pt --data-dir cifar10 --time-only --fused \\
-        --tome ToMe --pitome PiToMe --evit evit --output benchmarks/results/without_training-speed.json
-    python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --finetune 2 \\
-        --similarity 0.6 --attention 0.5 --pictures --blocks --output benchmarks/results/finetuned.json
+    python benchmarks/accuracy.py train dense --data-dir cifar10
+    python benchmarks/without_training.py output/accuracy/dense-seed*.pt --data-dir cifar10 --tome ToMe --evit evit
 
 Accuracy is that of dense models which accuracy.py has trained. Speed is measured on DeiT-S with random weights and on
-the first checkpoint, all methods in turns: run it when the machine has nothing else to do, with the variables of
-docs/speed.md that keep memory in the allocator. docs/evolve.md describes the methods.
-
-Checkouts are those of github.com/facebookresearch/ToMe, /hchautran/PiToMe and /youweiliang/evit.
+the first checkpoint, all methods in turns: run it when the machine has nothing else to do. docs/evolve.md describes the
+methods, whose checkouts are those of github.com/facebookresearch/ToMe, /hchautran/PiToMe and /youweiliang/evit.
 """
 import argparse
 import copy

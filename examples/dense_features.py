@@ -5,7 +5,7 @@
     python examples/dense_features.py --model evo_levit_256
 
 Prints the feature maps, then trains the network for a few steps on random rectangles, a stand-in for real data.
-`benchmarks/dense_features.py` measures accuracy and speed of such a network.
+`benchmarks/segmentation.py` measures accuracy and speed of such a network.
 """
 import argparse
 
@@ -29,9 +29,10 @@ parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else
 class Segmenter(nn.Module):
     """One convolution on each feature map, their sum at the size of the image."""
 
-    def __init__(self, name, pretrained, out_indices, num_classes):
+    def __init__(self, name, pretrained, out_indices, num_classes, **kwargs):
         super().__init__()
-        self.backbone = timm.create_model(name, pretrained, features_only=True, out_indices=out_indices or 3)
+        self.backbone = timm.create_model(
+            name, pretrained, features_only=True, out_indices=out_indices or 3, **kwargs)
         channels = self.backbone.feature_info.channels()
         self.heads = nn.ModuleList(nn.Conv2d(c, num_classes, 3, padding=1) for c in channels)
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Segmentation on the feature maps of Evo-DeiT and of dense DeiT, trained from scratch: mean IoU and speed.
 
-    python benchmarks/dense_features.py --seeds 0 1 2 --tome ToMe --output benchmarks/results/dense_features.json
+    python benchmarks/segmentation.py --seeds 0 1 2 --tome ToMe --output benchmarks/results/segmentation.json
 
 scikit-learn's handwritten zeros and ones are scattered over textures of scikit-image; every pixel is background, zero
-or one. Both backbones are timm's `features_only` models under the same small head, and take turns on the same images.
+or one. Both backbones are trained on the same images under the head of examples/dense_features.py.
 
 Then the dense backbone evolves without training. Beside it runs ToMe by its authors' code, a checkout of
 github.com/facebookresearch/ToMe: each patch of its maps gets the token that it was merged into. Its speed is that
@@ -12,13 +12,13 @@ without finding out which one that is, as fast as any code that does can be.
 """
 import argparse
 import copy
+import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import harness
 import numpy as np
 import skimage.data
-import timm
 import torch
 from skimage.transform import resize
 from sklearn.datasets import load_digits
@@ -26,9 +26,12 @@ from sklearn.metrics import jaccard_score
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from without_training import tome
+from without_training import fused, tome
 
 from timm_evovit import evolve
+
+sys.path.insert(0, str(Path(__file__).parent.parent / 'examples'))
+from dense_features import Segmenter  # noqa: E402
 
 SIZE = 64
 CLASSES = ('background', 'zero', 'one')
@@ -67,37 +70,20 @@ class Scenes:
         return x.contiguous(), torch.from_numpy(labels)
 
 
-class Segmenter(nn.Module):
-    """Maps of two depths of a backbone, one convolution on each, their sum upsampled to the pixels."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.backbone = timm.create_model(
-            name, features_only=True, out_indices=(2, 5), img_size=SIZE, patch_size=4, embed_dim=64, depth=6,
-            num_heads=4, weight_init='jax')
-        self.heads = nn.ModuleList(
-            nn.Conv2d(c, 4 * len(CLASSES), 3, padding=1) for c in self.backbone.feature_info.channels())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        maps = sum(head(f) for head, f in zip(self.heads, self.backbone(x)))
-        return F.interpolate(F.pixel_shuffle(maps, 2), x.shape[-2:], mode='bilinear')
-
-
 class MergedMaps(nn.Module):
-    """Maps of a backbone that merges tokens by ToMe, complete: each patch gets the token that it was merged into.
+    """Maps of a model that merges tokens by ToMe, complete: each patch gets the token that it was merged into.
 
     Without `trace` some token takes its place, which saves the time of finding the right one.
     """
+    trace = True
 
-    def __init__(self, backbone: nn.Module, merged: float, checkout: Path, trace: bool) -> None:
+    def __init__(self, model: nn.Module, out_indices: Sequence[int]) -> None:
         super().__init__()
-        self.model = tome(backbone.model, merged, checkout)
-        self.model._tome_info['trace_source'] = trace
-        self.out_indices = backbone.out_indices
+        self.model, self.out_indices = model, out_indices
 
     def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
         model = self.model
-        model._tome_info.update(r=[model.r] * len(model.blocks), size=None, source=None)
+        model._tome_info.update(r=[model.r] * len(model.blocks), size=None, source=None, trace_source=self.trace)
         x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
         B, N, C = x.shape
         maps = []
@@ -111,34 +97,35 @@ class MergedMaps(nn.Module):
         return maps
 
 
-def without_training(dense: Segmenter, args: argparse.Namespace, trace: bool) -> Dict[str, nn.Module]:
+def without_training(dense: Segmenter, args: argparse.Namespace) -> Dict[str, Segmenter]:
     """The dense model with other backbones, by method."""
-    backbones = {f'similarity {ratio}': evolve(dense.backbone, ratio) for ratio in args.similarity}
+    models = {f'similarity {ratio}': copy.deepcopy(dense) for ratio in args.similarity}
+    for model, ratio in zip(models.values(), args.similarity):
+        model.backbone = evolve(model.backbone, ratio)
     for merged in MERGED if args.tome else ():
-        backbones[f'ToMe {merged}'] = MergedMaps(dense.backbone, merged, args.tome, trace)
-    models = {name: copy.copy(dense) for name in backbones}
-    for name, model in models.items():
-        model._modules = {**dense._modules, 'backbone': backbones[name].eval()}
+        merging = tome(dense.backbone.model, merged, args.tome).eval()
+        for name, model in (('ToMe', merging), ('ToMe, fused', fused(merging))):
+            models[f'{name} {merged}'] = copy.deepcopy(dense)
+            models[f'{name} {merged}'].backbone = MergedMaps(model, dense.backbone.out_indices)
     return models
 
 
-def train(seed: int, args: argparse.Namespace) -> Dict[str, Segmenter]:
-    """Both models, trained on the same images."""
-    models, optimizers, schedulers = {}, {}, {}
-    for name in BACKBONES:
-        torch.manual_seed(seed)
-        models[name] = Segmenter(name)
-        optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=2e-3, weight_decay=0.05)
-        schedulers[name] = torch.optim.lr_scheduler.OneCycleLR(optimizers[name], 2e-3, total_steps=args.steps)
+def train(name: str, seed: int, args: argparse.Namespace) -> Segmenter:
+    """A model with this backbone, trained on the images of a seed."""
+    torch.manual_seed(seed)
+    model = Segmenter(
+        name, False, (2, 5), len(CLASSES), img_size=SIZE, patch_size=4, embed_dim=64, depth=6, num_heads=4,
+        weight_init='jax')
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps)
     scenes = Scenes(slice(0, 1437), seed)
-    for _ in tqdm(range(args.steps), f'seed {seed}', unit='step', disable=None):
+    for _ in tqdm(range(args.steps), f'{name}, seed {seed}', unit='step', disable=None):
         x, y = scenes.batch(16)
-        for name, model in models.items():
-            F.cross_entropy(model(x), y).backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            schedulers[name].step()
-    return models
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    return model.eval()
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -150,24 +137,24 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--similarity', type=float, nargs='*', default=[0.7, 0.6, 0.5, 0.4], help='keep ratios')
     parser.add_argument('--tome', type=Path, metavar='CHECKOUT', help='of ToMe')
     args = parser.parse_args(argv)
-    report = harness.Report('dense_features', args.output, argv=argv)
+    report = harness.Report('segmentation', args.output, argv=argv)
     images, labels = Scenes(slice(1437, None), 1).batch(args.images)
     for seed in args.seeds:
-        models = train(seed, args)
-        dense = models[BACKBONES[0]].eval()
-        timed = {**models, **without_training(dense, args, trace=False)}
-        models.update(without_training(dense, args, trace=True))
+        models = {name: train(name, seed, args) for name in BACKBONES}
+        models.update(without_training(models[BACKBONES[0]], args))
         with torch.inference_mode():
-            predicted = {name: torch.cat([model.eval()(x).argmax(dim=1) for x in images.split(32)])
+            MergedMaps.trace = True
+            predicted = {name: torch.cat([model(x).argmax(dim=1) for x in images.split(32)])
                          for name, model in models.items()}
+            MergedMaps.trace = False
             times = harness.time_in_turns(
-                {name: lambda model=model: model(images[:64]) for name, model in timed.items()}, args.rounds, 1, 0.)
+                {name: lambda model=model: model(images[:64]) for name, model in models.items()}, args.rounds, 1, 0.)
         for name in models:
             iou = 100 * jaccard_score(labels.flatten(), predicted[name].flatten(), labels=(0, 1, 2), average=None)
             report.add({
                 'model': name, 'baseline': BACKBONES[0], 'seed': seed, 'steps': args.steps,
                 'iou': dict(zip(CLASSES, iou.tolist())), 'mean_iou': iou.mean().item(),
-                'multiply_adds': harness.multiply_adds(timed[name], (3, SIZE, SIZE)),
+                'multiply_adds': harness.multiply_adds(models[name], (3, SIZE, SIZE)),
                 **harness.summarize(times[name], times[BACKBONES[0]], min(64, args.images))})
 
 
