@@ -125,8 +125,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     dense = load()
     expected = features(dense, images)
     for kept, merged, left in SETTINGS:
-        models = {'ToMe': tome(dense, merged, args.tome).eval(), 'similarity': evolve(dense, kept),
-                  'PiToMe': pitome(dense, left, args.pitome).eval()}
+        models = {'ToMe': tome(dense, merged, args.tome).eval(), 'PiToMe': pitome(dense, left, args.pitome).eval()}
+        for name, step in (('similarity', 2), ('similarity, every block', 1), ('similarity, every third block', 3)):
+            models[name] = evolve(dense, kept, range(0, len(dense.blocks), step))
         found = {method: errors(features(model, images), expected, dense.decoder) for method, model in models.items()}
         for method, of in found.items():
             row: Dict[str, Any] = dict(

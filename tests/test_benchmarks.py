@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shlex
 import statistics
 import sys
 
@@ -103,10 +104,10 @@ def test_pairs_that_stay_the_same():
 
 
 def test_suites_can_be_parsed():
-    for name in ('cpu', 'evolved', 'gpu'):
+    for name in ('cpu', 'evolved', 'gpu', 'one-picture', 'stages'):
         for line in (BENCHMARKS / f'suites/{name}.txt').read_text().splitlines():
             if not line.startswith('#'):
-                args = speed.parse_args(line.split())
+                args = speed.parse_args(shlex.split(line))
                 assert args.against and (args.device == 'cuda') == (name == 'gpu')
 
 

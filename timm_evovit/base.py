@@ -116,6 +116,9 @@ class EvolvingModel(SavedArgs):
         self._remember_args(keep_ratio=self.keep_ratio)
         self._set_schedule()
 
+    def extra_repr(self) -> str:
+        return f'keep_ratio={self.keep_ratio}'
+
     def __prepare_scriptable__(self) -> nn.Module:
         """What TorchScript compiles: the graph of this model in evaluation mode."""
         with eval_mode(self):
