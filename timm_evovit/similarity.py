@@ -122,7 +122,8 @@ def group_tokens(
         weights: First the number of patches that each token stands for, 0 for padding, then any others that are summed
             over groups, (B, 1 or more, N). None for one patch each.
         num_patches: Number of patches of the complete sequence.
-        keep_ratio: Ratio of groups to patches after all rounds, numerator and denominator.
+        keep_ratio: Ratio of groups to patches after this round, as numerator and denominator: half of that before or
+            more.
         num_valid: With padding, the number of patches of each image, (B, 1). Each is grouped as it would be without,
             and padding gets a group of its own, the last one.
         channel_weight: Tokens are compared by their channels times this, (C,).
@@ -144,16 +145,15 @@ def group_tokens(
         patches, counts = x.detach().index_select(1, place), sizes.index_select(1, place)
     valid: Optional[torch.Tensor] = None
     if num_valid is None:
-        num_groups = larger(num_kept(num_patches, keep_ratio), n // 2)
+        num_groups = num_kept(num_patches, keep_ratio)
         num_rows = larger(2, n - num_groups)  # none may be joined, and torch.export would guard sizes of 0 and 1
         joins = (position[:(n + 1) // 2] < n - num_groups).unsqueeze(0)
     else:
-        num_groups = 1 + larger(num_kept(num_patches, keep_ratio), (n + 1) // 2)
+        num_groups = 1 + num_kept(num_patches, keep_ratio)
         num_rows = (n + 1) // 2
         valid = counts > 0
         count = valid.sum(dim=1, keepdim=True)
-        wanted = (num_valid * keep_ratio[0] // keep_ratio[1]).clamp_min(1)
-        joins = position[:num_rows] < count - wanted.maximum(count // 2)
+        joins = position[:num_rows] < count - (num_valid * keep_ratio[0] // keep_ratio[1]).clamp_min(1)
     patches = patches.to(dtype)
     # not a weight that is offloaded, or that of a norm inside attention
     if channel_weight is not None and channel_weight.shape[0] == C and channel_weight.is_meta == x.is_meta:
@@ -170,24 +170,27 @@ def group_tokens(
         joins = joins & (cost < math.inf)
         kept = torch.where(valid[:, ::2].gather(1, order), kept, N)
         odd = F.pad(torch.where(valid[:, 1::2], odd, N), [0, 1], value=float(N))
-    joined_idx = torch.where(joins, even, N)[:, :num_rows]
+    rows = position[:(n + 1) // 2][:num_rows]
+    # copies: torch.export would guard the sizes of slices
+    order, even, cost, joins = [a.index_select(1, rows) for a in [order, even, cost, joins]]
+    joined_idx = torch.where(joins, even, N)
     M = P + num_groups
-    member_idx = torch.cat([position[:P].expand(B, P), kept, odd], dim=1).sort(dim=1).values[:, :M]
+    members = torch.cat([position[:P].expand(B, P), kept, odd], dim=1).sort(dim=1).values
+    member_idx = members.index_select(1, position[:M])
     slow_idx = torch.full_like(position[:1], M - 1).repeat(B, N + 1).scatter(1, member_idx, position[:M].expand(B, M))
-    other_idx = place[partner.gather(1, order[:, :num_rows])]
+    other_idx = place[partner.gather(1, order)]
     target_idx = slow_idx.gather(1, other_idx)
     slow_idx = slow_idx.scatter(1, joined_idx, target_idx)[:, :N]
     member_idx = member_idx.clamp_max(N - 1)
 
     slow_weights = weights.new_zeros(B, weights.shape[1], M).scatter_add(
         2, slow_idx.unsqueeze(1).expand_as(weights), weights)
-    part = joins[:, :num_rows] / slow_weights[:, 0].gather(1, target_idx).clamp_min(1)
-    row = even[:, :num_rows]
-    share = (part * sizes.gather(1, row)).unsqueeze(2)  # of a token in its mean
+    part = joins / slow_weights[:, 0].gather(1, target_idx).clamp_min(1)
+    share = (part * sizes.gather(1, even)).unsqueeze(2)  # of a token in its mean
     # a mean is shorter than its tokens. To first order in their distance, this is the part that is lost
-    shorter = (part * cost[:, :num_rows].clamp_max(num_patches)).unsqueeze(2)
+    shorter = (part * cost.clamp_max(num_patches)).unsqueeze(2)
     # half precision would lose a part in a large group
-    token, other = take_tokens(x, torch.cat([row, other_idx], dim=1)).to(dtype).tensor_split(2, dim=1)
+    token, other = take_tokens(x, torch.cat([even, other_idx], dim=1)).to(dtype).tensor_split(2, dim=1)
     difference = token - other
     change = share * difference + shorter * other
     slow = take_and_add(x, member_idx, position[:M].unsqueeze(1) == target_idx.unsqueeze(1), change)
@@ -342,9 +345,12 @@ def run_blocks(
             if stages[i][0] * ratio[1] > ratio[0] * stages[i][1]:
                 x, ratio = groups.restore(x), (1, 1)
                 groups = TokenGroups(x, num_prefix_tokens, key_mask, grid_size)
-            while stages[i][0] * ratio[1] < ratio[0] * stages[i][1]:  # each round can join half of the tokens
-                x, ratio = groups.join(x, stages[i], channel_weight(block)), (ratio[0], 2 * ratio[1])
-            ratio, args = stages[i], dense_args
+            while ratio != stages[i]:  # each round can join half of the tokens
+                ratio = ratio[0], 2 * ratio[1]
+                if stages[i][0] * ratio[1] > ratio[0] * stages[i][1]:
+                    ratio = stages[i]
+                x = groups.join(x, ratio, channel_weight(block))
+            args = dense_args
             if groups.slow_idx is not None:
                 args = {**dense_args, 'attn_mask': groups.attn_mask(x)}
                 if slow_tokens is not None:
