@@ -24,11 +24,14 @@ import without_training  # noqa: E402
 SMALL = ['--img-size', '32', '--device', 'cpu']  # of accuracy.py
 
 
-def test_rounds_take_turns():
+def test_rounds_take_turns_and_are_summed_up():
     calls = []
     steps = {name: lambda name=name: calls.append(name) for name in 'ab'}
     times = harness.time_in_turns(steps, rounds=2, warmup=1, seconds=0.)
     assert ''.join(calls) == 'baabba' and [len(t) for t in times.values()] == [2, 2]
+    row = harness.summarize([1., 2., 8.], baseline=[2., 3., 8.], batch_size=4)
+    assert row['images_per_second'] == 2 and row['speed_up'] == 1.5
+    assert (row['speed_up_min'], row['speed_up_max']) == (1, 2)
 
 
 def test_the_blocks_alone():
@@ -50,12 +53,6 @@ def test_service(monkeypatch):
     rows = service.main(args)['rows']
     assert [(r['processes'], r['threads'], r['callers'], r['busy']) for r in rows] == list(service.SETTINGS)
     assert all(r['images_per_second'] / r['dense_images_per_second'] == pytest.approx(r['speed_up']) for r in rows)
-
-
-def test_summary():
-    row = harness.summarize([1., 2., 8.], baseline=[2., 3., 8.], batch_size=4)
-    assert row['images_per_second'] == 2 and row['speed_up'] == 1.5
-    assert (row['speed_up_min'], row['speed_up_max']) == (1, 2)
 
 
 def test_a_result_file_says_what_it_was_made_with(tmp_path):
@@ -200,8 +197,7 @@ def test_all_variants_train_and_are_timed(pictures, tmp_path, capsys):
     deit = [name for name in accuracy.VARIANTS if 'levit' not in name] + ['evo-stage@0.7']
     for variants in (deit, levit):
         results = train(pictures, tmp_path, *variants, '--epochs', '1', '--amp', 'bfloat16', '--no-fused-attn')
-    elastic = [name for name in deit if 'elastic' in name]
-    names = deit + levit + [f'{name}@{ratio}' for name in elastic for ratio in ('0.3', '0.5', '0.7', '1')]
+    names = deit + levit + [f'{v}@{ratio}' for v in deit if 'elastic' in v for ratio in ('0.3', '0.5', '0.7', '1')]
     assert len(results) == len(names)
     for r in results.values():
         assert r['top1'][-1] == pytest.approx(100 * r['right'].count('1') / 20) and len(r['right']) == 20

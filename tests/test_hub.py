@@ -4,6 +4,7 @@ import os
 from functools import partial
 
 import helpers
+import numpy as np
 import pytest
 import timm
 import torch
@@ -170,6 +171,11 @@ def vit_of_the_hub():
     model = create('evo_vit', base='hf-hub:somebody/dense', keep_ratio=0.4, stages=(2, 6))
     assert_same_weights(model, dense)
     return model
+
+
+def test_arguments_of_numpy_can_be_saved():
+    args = timm.create_model('evo_vit', keep_ratio=np.float32(0.5), stages=range(2, 7, 4), device='meta').model_args
+    assert json.loads(json.dumps({k: args[k] for k in ('keep_ratio', 'stages')})) == {'keep_ratio': 0.5, 'stages': [2, 6]}
 
 
 @pytest.mark.parametrize('build, keep_ratio, attributes', [

@@ -1,6 +1,7 @@
 """`evolve` gives another view of the same model, on the blocks that are there, whatever somebody has put into them."""
 import copy
 import functools
+import math
 import pickle
 
 import helpers
@@ -276,15 +277,16 @@ def with_attribute():
     return model
 
 
-def with_other_blocks():
+def with_other_blocks(blocks=nn.Identity()):  # noqa: B008
     model = build_kind()
-    model.blocks = nn.Identity()
+    model.blocks = blocks
     return model
 
 
 @pytest.mark.parametrize('model, message', [
     (with_forward, 'attribute forward that replaces'),
-    (with_other_blocks, 'blocks must be an nn.Sequential or nn.ModuleList, got Identity'),
+    (with_other_blocks, 'blocks must be an nn.Sequential or nn.ModuleList .* got Identity'),
+    (lambda: with_other_blocks(type('Own', (nn.Sequential,), {'forward': len})()), 'a forward of its own, got Own'),
     (lambda: WithoutSuper(**helpers.TINY), r'WithoutSuper.forward_features must call that of VisionTransformer by super'),
     (lambda: OwnLoop(**helpers.TINY), 'OwnLoop.forward_features must call .*, and not use self.blocks'),
     (lambda: OtherName(**helpers.TINY), 'OtherName.forward_features must call'),
@@ -313,7 +315,8 @@ def test_what_cannot_evolve_is_refused(model, message):
     (dict(keep_ratio=(0.5, 0.5)), ValueError, 'keep_ratio must be one number or 3'),
     (dict(stages=(3, 3)), ValueError, r'ascending order, got \(3, 3\)'),
     (dict(stages=(6,)), ValueError, r'0 \.\. 5 for a model of 6 blocks'),
-    (dict(stages='early'), TypeError, "got 'early'"),
+    (dict(stages='early'), TypeError, "got 'early'"), (dict(stages=''), TypeError, "got ''"),
+    (dict(stages=b'\0\2'), TypeError, 'block indices such as'), (dict(keep_ratio=b'\1'), TypeError, 'keep_ratio must be'),
     (dict(slow_tokens='attention'), TypeError, 'slow_tokens'),
 ])
 def test_bad_arguments_leave_the_model_alone(kwargs, error, message):
@@ -353,6 +356,12 @@ def test_a_mask_of_keys_follows_the_patches():
     torch.testing.assert_close(evolved.forward_features(x, attn_mask=keys[:1]), y)
     torch.testing.assert_close(evolved(x, attn_mask=keys), evolved.forward_head(y))
     torch.testing.assert_close(evolved.forward_intermediates(x, attn_mask=keys)[0], y)
+
+
+def test_a_learned_weight_of_keys_has_a_gradient_beside_padding():
+    evolved, bias = evolve(build_kind(), 0.5), torch.zeros(1, 3, 1, 17, requires_grad=True)
+    evolved(images_for(evolved), attn_mask=bias.masked_fill(torch.arange(17) > 12, -math.inf)).sum().backward()
+    assert bias.grad[..., :13].abs().min() > 0 and not bias.grad[..., 13:].any()
 
 
 @torch.no_grad()

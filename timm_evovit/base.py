@@ -19,6 +19,10 @@ def is_number(value: Any, kind: Any = Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+def is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
 def check_flag(name: str, value: bool) -> bool:
     """Reject strings such as 'false', which are truthy."""
     check(isinstance(value, bool), name, 'True or False', value, TypeError)
@@ -35,7 +39,7 @@ def check_ratios(name: str, value: Any, count: Optional[int], per: str, zero: bo
     """One number or `count` of them, None for any, to a tuple. All are in (0, 1], or in [0, 1] with `zero`."""
     span = '[0, 1]' if zero else '(0, 1]'
     values = (value,) * (1 if count is None else count) if is_number(value) else value
-    listed = isinstance(values, Sequence) and not isinstance(values, str) and all(map(is_number, values))
+    listed = is_list(values) and all(map(is_number, values))
     check(listed, name, f'a number in {span} or one per {per}', value, TypeError)
     fits = len(values) > 0 if count is None else len(values) == count
     check(fits, name, f"one number or {'more' if count is None else count}, one per {per}", value)
@@ -46,7 +50,7 @@ def check_ratios(name: str, value: Any, count: Optional[int], per: str, zero: bo
 def check_stages(stages: Any, depth: int, first: int) -> Tuple[int, ...]:
     """First blocks of the stages, or one number for one stage, to a tuple. They ascend from `first` on."""
     starts: Any = (stages,) if is_number(stages) else stages
-    listed = isinstance(starts, Sequence) and all(is_number(s, Integral) for s in starts)
+    listed = is_list(starts) and all(is_number(s, Integral) for s in starts)
     check(listed, 'stages', 'block indices such as (4, 8)', stages, TypeError)
     wanted = f'in {first} .. {depth - 1} for a model of {depth} blocks'
     check(all(first <= s < depth for s in starts), 'stages', wanted, stages)

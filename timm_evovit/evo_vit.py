@@ -173,8 +173,11 @@ def check_can_evolve(model: nn.Module) -> None:
             raise TypeError(
                 f'The model has an attribute {name} that replaces the method of {type(model).__name__}, as hooks of '
                 f'accelerate do: evolve the model before.')
-    if not isinstance(model.blocks, (nn.Sequential, nn.ModuleList)):
-        raise TypeError(f'blocks must be an nn.Sequential or nn.ModuleList, got {type(model.blocks).__name__}.')
+    kind = nn.Sequential if isinstance(model.blocks, nn.Sequential) else nn.ModuleList
+    if not isinstance(model.blocks, kind) or type(model.blocks).forward is not kind.forward:
+        raise TypeError(
+            'blocks must be an nn.Sequential or nn.ModuleList without a forward of its own, got '
+            f'{type(model.blocks).__name__}.')
     wanted = {'attn_mask'} if getattr(model, 'rope', None) is None else {'attn_mask', 'rope'}
     for i, block in enumerate(model.blocks):
         signature = inspect.signature(block.forward)

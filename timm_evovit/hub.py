@@ -1,8 +1,9 @@
 """Where weights come from, and the arguments that are saved beside them."""
 import os
 from dataclasses import replace
-from typing import Any, Callable, Dict, Optional, Type
+from typing import Any, Callable, Dict, Optional, Sequence, Type
 
+import numpy as np
 import timm.models
 from timm.models import PretrainedCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import nn
@@ -26,6 +27,14 @@ PUBLISHED = {  # the authors' checkpoints: ImageNet-1k top-1 in the paper, file 
 }
 
 
+def as_saved(value: Any) -> Any:
+    """An argument without numpy's numbers and ranges, which cannot be saved."""
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        items = list(map(as_saved, value))
+        return items if isinstance(value, list) else tuple(items)
+    return value.item() if isinstance(value, np.generic) else value
+
+
 class SavedArgs(nn.Module):
     """A model that knows the arguments that it was built with.
 
@@ -39,7 +48,7 @@ class SavedArgs(nn.Module):
         timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them.
         """
         args = {**getattr(self, '_model_args', {}), **self._current_args()}
-        return {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS and not k.endswith('_rate')}
+        return {k: as_saved(v) for k, v in args.items() if k not in NOT_MODEL_ARGS and not k.endswith('_rate')}
 
     def _remember_args(self, **args: Any) -> None:
         """Record arguments in the attribute in which newer versions of timm record and look for them."""

@@ -275,11 +275,14 @@ class TokenGroups:
         It is the number of patches that share the slow token (ToMe section 3, 'proportional attention').
         """
         weights: Any = self.weights
-        if self.num_valid is not None:
-            weights = weights[:, 1:]
+        if self.num_valid is None:
+            logarithm = weights.log()
+        else:
+            ignored = weights[:, 1:] == 0  # their gradient would be no number
+            logarithm = weights[:, 1:].masked_fill(ignored, 1).log().masked_fill(ignored, -math.inf)
         M = weights.shape[2]
         # rows padded to a multiple of 8: otherwise fused attention on a GPU copies the mask in every block
-        return F.pad(weights.log().to(x.dtype), [0, 8 - M % 8])[:, :, None, :M]
+        return F.pad(logarithm.to(x.dtype), [0, 8 - M % 8])[:, :, None, :M]
 
     def slow_tokens(self, block: int) -> SlowTokens:
         """The groups of patches (B, n) that `block` is the first to run on."""
