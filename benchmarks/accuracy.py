@@ -36,14 +36,11 @@ VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'dense': (DEIT, {}, "timm's DeiT, class token readout"),
     'dense-avg': (DEIT, {'global_pool': 'avg'}, "timm's DeiT, average readout"),
     'dense-4-blocks': (DEIT, {'depth': 4}, "timm's DeiT with half of the blocks"),
-    'dense-width-48': (DEIT, {'embed_dim': 48}, "timm's DeiT with three quarters of the width"),
     'dense-24-pixels': (DEIT, {'img_size': 24}, "timm's DeiT on smaller pictures, 24 pixels of 32"),
     'evo-stage': (EVO_DEIT, {}, 'Evo-DeiT, stage-wise selection, assisted loss'),
     'evo-layer-to-stage': (EVO_DEIT, {}, 'Evo-DeiT, layer-to-stage training, assisted loss'),
     'evo-representative': (EVO_DEIT, {'representative_token': True}, 'Evo-DeiT, stage-wise, representative token'),
     'evo-similarity': (EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.6}, 'Evo-DeiT, like patches share a slow token'),
-    'evo-similarity-avg': (
-        EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.4, 'global_pool': 'avg'}, 'the same, average readout, keep ratio 0.4'),
     'evo-elastic': (
         EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.4, 'train_keep_ratio': (0.3, 0.4, 0.5, 0.7, 1.0)},
         'evo-similarity trained at five keep ratios, and evaluated at each'),

@@ -41,7 +41,7 @@ RUNTIMES = {  # of files, by how their names end
     '.dynamic.onnx': 'ONNX Runtime, 8 bits, dynamic', '.int8.onnx': 'ONNX Runtime, 8 bits, static',
     '.onnx': 'ONNX Runtime', '.int8.xml': 'OpenVINO, 8 bits, static', '.xml': 'OpenVINO', '': 'PyTorch'}
 LINES = {  # of the plot of accuracy.py, by what they are called
-    'similarity, trained at each keep ratio': ('dense', *(f'evo-similarity@{r}' for r in (0.4, 0.3))),
+    'similarity, trained at each keep ratio': ('dense', *(f'evo-similarity@{r}' for r in (0.4, 0.3, 0.2))),
     'similarity, one model for all': tuple(f'evo-elastic{r}' for r in ('@1', '@0.7', '@0.5', '', '@0.3')),
     'dense, smaller models and pictures': ('dense', 'dense-24-pixels', 'dense-4-blocks'),
     "class attention, the paper's": ('evo-stage@1', 'evo-stage@0.7', 'evo-stage')}

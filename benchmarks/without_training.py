@@ -92,6 +92,8 @@ def tome(dense: nn.Module, merged: float, checkout: Path) -> nn.Module:
     model = copy.deepcopy(dense)
     module.patch.timm(model)
     model.r = round(merged * model.patch_embed.num_patches / len(model.blocks))
+    if model.global_pool == 'avg':  # weighted by their patches, as in its code for MAE
+        model.pool = lambda x: (x * model._tome_info['size'])[:, 1:].sum(dim=1) / model.patch_embed.num_patches
     return model
 
 

@@ -29,8 +29,8 @@ def test_ratios_as_they_were_written():
 @pytest.mark.parametrize('name, kwargs, keep_ratio', [
     ('evo_deit_tiny', dict(keep_ratio=0.7), None),
     ('evo_deit_tiny', dict(selection='layer', representative_token=True), None),
-    ('vit_tiny_patch16_224', dict(depth=12), 0.6),  # six stages: nested sizes would take forever
-    ('eva02_tiny_patch14_224', {}, (0.51, 0.2)),  # about half of the tokens in a round, and two rounds
+    ('vit_tiny_patch16_224', dict(depth=7), 0.4),  # four stages, one of about half of the tokens
+    ('eva02_tiny_patch14_224', {}, 0.6),
 ])
 def test_one_exported_program_for_every_size(name, kwargs, keep_ratio):
     """torch.export and ONNX Runtime with dynamic batch, height and width agree with the model, away from the traced size."""
