@@ -305,7 +305,7 @@ TABLES: Dict[str, Callable[[List[Row]], str]] = {
         'img/s, dense / this': lambda r: ' / '.join(
             f"{x['images_per_second']:{'.0f' if x['images_per_second'] >= 100 else '.3g'}}" for x in (r['dense'], r)),
         'peak memory (MB), dense / this': lambda r: ' / '.join(
-            f"{x['peak_memory'] / 1e6:.0f}" for x in (r['dense'], r))}),
+            f"{x['peak_memory'] / 1e6:.0f}" for x in (r['dense'], r) if x['peak_memory'])}),
     'segmentation': partial(measured, {
         'backbone': '{model}', 'share of multiply-adds': lambda r: f"{1 / r['ratio']:.3f}",
         'mean IoU %': '{mean_iou:.2f}',

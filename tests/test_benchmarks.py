@@ -199,8 +199,7 @@ def test_all_variants_train_and_are_timed(pictures, tmp_path, capsys):
         results = train(pictures, tmp_path, *variants, '--epochs', '1', '--amp', 'bfloat16', '--no-fused-attn')
     names = deit + levit + [f'{v}@{ratio}' for v in deit if 'elastic' in v for ratio in ('0.3', '0.5', '0.7', '1')]
     assert len(results) == len(names)
-    for r in results.values():
-        assert r['top1'][-1] == pytest.approx(100 * r['right'].count('1') / 20) and len(r['right']) == 20
+    assert all(r['top1'][-1] == pytest.approx(5 * r['right'].count('1')) and len(r['right']) == 20 for r in results.values())
     accuracy.main(['time', 'dense', 'evo-layer-to-stage', '--epochs', '1', *SMALL, '--amp', 'bfloat16', '--no-fused-attn',
                    '--rounds', '1', '--output', str(tmp_path / 'results')])
     capsys.readouterr()
@@ -361,11 +360,11 @@ def test_figures_in_the_readme():
     variants = {v['variant']: v for v in found}
     top1 = {name: f"{statistics.mean(v['top1']):.2f} %" for name, v in variants.items()}
     speed = {name: f"{v['inference']['speed_up']:.2f}" for name, v in variants.items() if 'inference' in v}
-    lost = -variants['evo-stage']['gained']
     figures = [
         f"dense model has {top1['dense']}", f"{top1['evo-elastic@1']} at keep ratio 1", f"{top1['evo-elastic']} at 0.4",
         f"{top1['evo-elastic@0.3']} at 0.3", f"{speed['evo-elastic']} and {speed['evo-elastic@0.3']} times that of the dense",
-        f"for 0.3 alone it has {top1['evo-similarity@0.3']}", f'{lost:.1f} points are lost',
+        f"for 0.3 alone it has {top1['evo-similarity@0.3']}", f"{-variants['evo-stage']['gained']:.1f} points are lost",
+        f"for 0.2 alone {top1['evo-similarity@0.2']} at {speed['evo-similarity@0.2']} times",
         f"half of the blocks have {top1['dense-4-blocks']} at {speed['dense-4-blocks']} times",
         f"smaller pictures {top1['dense-24-pixels']} at {speed['dense-24-pixels']} times"]
     readme = ' '.join((ROOT / 'README.md').read_text().split())
