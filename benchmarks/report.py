@@ -333,7 +333,8 @@ TABLES: Dict[str, Callable[[List[Row]], str]] = {
     'sweep': lambda rows: f"```text\n{sweep.table(rows[0]['of']['rows'])}\n\n{sweep.describe(rows[0]['of'])}\n```"}
 PLOTS: Dict[str, Callable[[List[Row]], Figure]] = {
     'speed': speed_plot, 'without_training': without_training_plot, 'accuracy': accuracy_plot,
-    'deploy-speed': deploy_speed_plot, 'sweep': lambda rows: sweep.plot(rows[0]['of'])}
+    'deploy-speed': deploy_speed_plot, 'sweep': matplotlib.rc_context({'axes.grid': False, 'legend.frameon': True})(
+        lambda rows: sweep.plot(rows[0]['of']))}  # as the command draws it
 
 
 def fill(page: Path) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from timm_evovit import evolve
+from timm_evovit.similarity import TokenGroups
 
 KINDS = {
     'vit': ('vit_base_patch16_224', {}),
@@ -277,16 +278,16 @@ def with_attribute():
     return model
 
 
-def with_other_blocks(blocks=nn.Identity()):  # noqa: B008
+def with_other_blocks(kind=nn.Identity):
     model = build_kind()
-    model.blocks = blocks
+    model.blocks = kind()
     return model
 
 
 @pytest.mark.parametrize('model, message', [
     (with_forward, 'attribute forward that replaces'),
     (with_other_blocks, 'blocks must be an nn.Sequential or nn.ModuleList .* got Identity'),
-    (lambda: with_other_blocks(type('Own', (nn.Sequential,), {'forward': len})()), 'a forward of its own, got Own'),
+    (lambda: with_other_blocks(type('Own', (nn.Sequential,), {'forward': len})), 'a forward of its own, got Own'),
     (lambda: WithoutSuper(**helpers.TINY), r'WithoutSuper.forward_features must call that of VisionTransformer by super'),
     (lambda: OwnLoop(**helpers.TINY), 'OwnLoop.forward_features must call .*, and not use self.blocks'),
     (lambda: OtherName(**helpers.TINY), 'OtherName.forward_features must call'),
@@ -362,6 +363,15 @@ def test_a_learned_weight_of_keys_has_a_gradient_beside_padding():
     evolved, bias = evolve(build_kind(), 0.5), torch.zeros(1, 3, 1, 17, requires_grad=True)
     evolved(images_for(evolved), attn_mask=bias.masked_fill(torch.arange(17) > 12, -math.inf)).sum().backward()
     assert bias.grad[..., :13].abs().min() > 0 and not bias.grad[..., 13:].any()
+
+
+def test_no_patch_is_lost_where_all_are_on_one_side_of_the_matching():
+    keys = torch.arange(9).view(1, 1, 1, 9) % 2 == 0  # the black fields of 3 x 3
+    groups, x = TokenGroups(torch.randn(1, 9, 4), 0, keys, (3, 3)), torch.randn(1, 9, 4)
+    for ratio, weights in (((1, 2), [1, 1, 1, 1, 1, 0]), ((1, 4), None)):
+        x = groups.join(x, ratio, None)
+        assert weights in (None, groups.weights[0, 0].tolist()) and groups.weights.sum() == 2 * 5
+        assert not set(groups.slow_idx[keys[:, 0, 0]].tolist()) & set(groups.slow_idx[~keys[:, 0, 0]].tolist())
 
 
 @torch.no_grad()

@@ -173,8 +173,8 @@ def check_can_evolve(model: nn.Module) -> None:
             raise TypeError(
                 f'The model has an attribute {name} that replaces the method of {type(model).__name__}, as hooks of '
                 f'accelerate do: evolve the model before.')
-    kind = nn.Sequential if isinstance(model.blocks, nn.Sequential) else nn.ModuleList
-    if not isinstance(model.blocks, kind) or type(model.blocks).forward is not kind.forward:
+    kinds = [kind for kind in (nn.Sequential, nn.ModuleList) if isinstance(model.blocks, kind)]
+    if not kinds or type(model.blocks).forward is not kinds[0].forward:
         raise TypeError(
             'blocks must be an nn.Sequential or nn.ModuleList without a forward of its own, got '
             f'{type(model.blocks).__name__}.')

@@ -138,7 +138,7 @@ def group_tokens(
     if weights is None:
         weights = torch.ones_like(x[:, :, 0], dtype=dtype).unsqueeze(1)
     sizes = weights[:, 0]
-    position = torch.arange(N + 1, device=x.device)
+    position = torch.arange(N + 2, device=x.device)
     place, patches, counts = position[P:N], x.detach()[:, P:], sizes[:, P:]  # in turn of either side
     if width is not None:
         place = P + checkerboard(position[:n], width)
@@ -149,7 +149,7 @@ def group_tokens(
         num_rows = larger(2, n - num_groups)  # none may be joined, and torch.export would guard sizes of 0 and 1
         joins = (position[:(n + 1) // 2] < n - num_groups).unsqueeze(0)
     else:
-        num_groups = 1 + num_kept(num_patches, keep_ratio)
+        num_groups = 2 + num_kept(num_patches, keep_ratio)  # that of padding, and patches that are all on one side
         num_rows = (n + 1) // 2
         valid = counts > 0
         count = valid.sum(dim=1, keepdim=True)
@@ -165,11 +165,12 @@ def group_tokens(
     else:
         cost, order = cost.sort(dim=1, stable=True)
     even, odd = place[2 * order], place[1::2].expand(B, n // 2)
-    kept = torch.where(joins, N, even)
-    if valid is not None:  # there may be one group more than tokens, that of padding
+    if valid is None:
+        kept = torch.where(joins, N, even)
+    else:  # a patch without a partner stays, and there may be two groups more than tokens
         joins = joins & (cost < math.inf)
-        kept = torch.where(valid[:, ::2].gather(1, order), kept, N)
-        odd = F.pad(torch.where(valid[:, 1::2], odd, N), [0, 1], value=float(N))
+        kept = torch.where(joins | ~valid[:, ::2].gather(1, order), N, even)
+        odd = F.pad(torch.where(valid[:, 1::2], odd, N), [0, 2], value=float(N))
     rows = position[:(n + 1) // 2][:num_rows]
     # copies: torch.export would guard the sizes of slices
     order, even, cost, joins = [a.index_select(1, rows) for a in [order, even, cost, joins]]
