@@ -17,13 +17,8 @@ def _guard(what: str, function: Callable[[], Any]) -> None:
     """Nothing that fails here may make an import of torch or timm fail: it costs a warning."""
     try:
         function()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as e:
-        try:
-            warnings.warn(f'{what} could not be loaded: {e!r}', stacklevel=3)
-        except Warning as w:  # python -W error
-            print(w, file=sys.stderr)
+    except Exception as e:
+        warnings.warn(f'{what} could not be loaded: {e!r}', stacklevel=3)
 
 
 def _load_plugins() -> None:

@@ -28,8 +28,7 @@ from timm_evovit.tools.load import load_model
 from timm_evovit.tools.sweep import time_in_turns
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument(
-    'model', nargs='?', help="any name that timm.create_model takes (default: that of args.yaml beside the checkpoint)")
+parser.add_argument('model', help='any name that timm.create_model takes')
 parser.add_argument('--pretrained', action='store_true')
 parser.add_argument('--checkpoint', metavar='FILE', help="weights of the model, such as those of timm's train.py")
 parser.add_argument('--use-ema', action='store_true', help="the checkpoint's moving average of the weights")
@@ -170,7 +169,7 @@ def main():
     if args.int8 and args.output.suffix == '.xml' and not args.calibrate:
         parser.error('--int8 for OpenVINO needs pictures: --calibrate DIR')
     try:
-        model, _, _ = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, **args.model_kwargs)
+        model, _ = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, **args.model_kwargs)
         model = reparameterize_model(model.eval())  # folds LeViT's batch norms into its linear layers
         size = resolve_model_data_config(model)['input_size']
         pictures = read_pictures(args.calibrate, model, args.num_pictures) if args.calibrate else None

@@ -5,10 +5,10 @@
     python examples/finetune.py --data-dir flowers --model vit_small_patch16_224.augreg_in21k_ft_in1k --pretrained
     python examples/finetune.py --data-dir flowers --checkpoint output/train/RUN/model_best.pth.tar
 
-The folder has one folder per class below `train` and below `validation`. The third line takes the model from args.yaml,
-which timm's train.py has written beside the checkpoint. After every epoch in which top-1 rises,
---output receives `checkpoint.pth`, for `--checkpoint` of timm's scripts, and the folder `model`, for
-`timm.create_model('local-dir:OUTPUT/model', pretrained=True)` or the Hugging Face Hub.
+The folder has one folder per class below `train` and below `validation`. A checkpoint needs the --model and the
+--model-kwargs that it was trained with. After every epoch in which top-1 rises, --output receives `checkpoint.pth`, for
+`--checkpoint` of timm's scripts, and the folder `model`, for `timm.create_model('local-dir:OUTPUT/model',
+pretrained=True)` or the Hugging Face Hub.
 """
 import argparse
 from pathlib import Path
@@ -28,7 +28,7 @@ from timm_evovit.tools.load import load_model
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--data-dir', type=Path, required=True, help='folder with train/CLASS/* and validation/CLASS/*')
 parser.add_argument(
-    '--model', help='evo_* model, or Vision Transformer, which is evolved (default: evo_deit_small, or from args.yaml)')
+    '--model', default='evo_deit_small', help='evo_*, or Vision Transformer, which is evolved (default: %(default)s)')
 start = parser.add_mutually_exclusive_group()
 start.add_argument('--pretrained', action='store_true', help="start from the model's pretrained weights")
 start.add_argument('--checkpoint', metavar='FILE', help="start from weights, such as those of timm's train.py")
@@ -68,9 +68,8 @@ def main():
     if not args.checkpoint:  # timm fits the weights to the classes and the size
         overlay = {'pretrained_cfg_overlay': {'input_size': (3, *size)}} if size else {}
         kwargs = {'num_classes': len(classes), **overlay, **kwargs}
-    name = args.model or (None if args.checkpoint else 'evo_deit_small')
     try:
-        model, name, _ = load_model(name, args.pretrained, args.checkpoint, args.use_ema, **kwargs)
+        model, _ = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, **kwargs)
     except (OSError, RuntimeError, TypeError, ValueError) as e:
         parser.error(str(e))
     if args.checkpoint and size and size != model.pretrained_cfg['input_size'][1:]:
@@ -124,7 +123,7 @@ def main():
         print(f'epoch {epoch}: loss {loss.item():.3f}, top-1 {top1:.2f} %')
         if top1 > best:
             best = top1
-            torch.save({'arch': name, 'epoch': epoch, 'state_dict': model.state_dict()},
+            torch.save({'arch': args.model, 'epoch': epoch, 'state_dict': model.state_dict()},
                        args.output / 'checkpoint.pth')
             timm.models.save_for_hf(
                 model, args.output / 'model', model_config={'label_names': classes},

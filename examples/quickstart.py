@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_evovit import AssistedLoss
-from timm_evovit.tools.visualize import sheet, visualize
+from timm_evovit.tools.visualize import visualize
 
 MODELS = {  # dense model, Evo-ViT model, arguments that make both small, epochs
     'evo_deit': ('deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224', dict(
@@ -107,7 +107,7 @@ def main():
         timm.models.save_for_hf(models[name], args.output / name, model_args=model_args, safe_serialization=True)
     drawn = [min(folder.iterdir()) for folder in sorted((digits / 'validation').glob('[2358]'))]
     picture = args.output / 'slow_tokens.png'
-    sheet([drawing for _, drawing in visualize(models[evo], drawn)]).save(picture)
+    Image.fromarray(np.vstack([np.asarray(drawing) for _, drawing in visualize(models[evo], drawn)])).save(picture)
     print(f'{statistics.median(a / b for a, b in rounds):.2f} times as fast in inference, '
           f'{training[dense] / training[evo]:.2f} in training; picture: {picture}')
 

@@ -4,10 +4,8 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-import yaml
 from helpers import FAMILIES, TINY, assert_same_weights, authors_names, build, build_deit, images, load, tiny
 
-from timm_evovit import evolve
 from timm_evovit.checkpoints import BY_SIMILARITY
 from timm_evovit.tools.load import load_model
 
@@ -137,46 +135,18 @@ def test_weights_by_similarity_are_assigned_to_a_model_on_meta():
     assert_same_weights(model.to('cpu'), weights)
 
 
-TRAINED = dict(  # what train.py writes into args.yaml, lists in place of tuples
-    model=NAME, num_classes=None, gp='token', in_chans=None, input_size=[1, 32, 48], img_size=None, crop_pct=0.8, mean=[0.3],
-    std=None, interpolation='', pretrained=False, pretrained_path=None,
-    model_kwargs=dict(img_size=[32, 48], patch_size=8, embed_dim=24, num_heads=3, depth=6))
-
-
-@pytest.mark.parametrize('change, given, expected', [
-    ({}, {}, dict(crop_pct=0.8, slow_tokens='attention', keep_ratio=(0.7, 0.7))),
-    ({}, dict(name=f'{NAME}_patch16_224', data=dict(crop_pct=1.), keep_ratio=0.3),
-     dict(crop_pct=1., slow_tokens='attention', keep_ratio=(0.3, 0.3))),
-    (dict(pretrained=True, crop_pct=None, keep_ratio=None), {},  # as `evolve` has it
-     dict(crop_pct=0.9, slow_tokens='similarity', keep_ratio=evolve(timm.create_model('vit_tiny_patch16_224', depth=6)).keep_ratio)),
-    (dict(pretrained=True, crop_pct=None, pretrained_path='x.pth'), {},
-     dict(crop_pct=0.875, slow_tokens='attention', keep_ratio=(0.7, 0.7)))])
-def test_arguments_of_train_py(tmp_path, change, given, expected):
-    """They are read from args.yaml beside the checkpoint, also what DeiT's own weights had set up; what is given wins."""
-    args = {**TRAINED, **change}
-    args['model_kwargs'] = {**args['model_kwargs'], 'keep_ratio': args.pop('keep_ratio', 0.7)}
-    kwargs = {**args['model_kwargs'], 'in_chans': 1, 'global_pool': 'token', 'num_classes': 10}
-    model = timm.create_model(NAME, slow_tokens=expected['slow_tokens'], **kwargs)
-    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
-    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(args))
-    given = dict(given)
-    loaded, name, found = load_model(given.pop('name', None), checkpoint=tmp_path / 'last.pth.tar', **given)
-    assert_same_weights(loaded, model)
-    assert name.startswith(NAME) and found['depth'] == 6 and loaded.global_pool == 'token'
-    data = timm.data.resolve_model_data_config(loaded)
-    assert data['input_size'] == (1, 32, 48) and data['mean'] == (0.3,) and len(data['std']) == 1
-    found = dict(crop_pct=data['crop_pct'], slow_tokens=loaded.slow_tokens, keep_ratio=loaded.keep_ratio)
-    assert found == expected
-
-
-def test_size_of_a_dynamic_model(tmp_path):
-    """It takes any, so train.py's --img-size is that of the pictures."""
-    kwargs = dict(TINY, dynamic_img_size=True, depth=2)
-    torch.save(timm.create_model('vit_tiny_patch16_224', **kwargs).state_dict(), tmp_path / 'a.pth')
-    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(dict(model='vit_tiny_patch16_224', img_size=96, model_kwargs=kwargs)))
-    for given, size in ({}, 96), (dict(img_size=32), 32):
-        model = load_model(None, checkpoint=tmp_path / 'a.pth', **given)[0]
-        assert model.pretrained_cfg['input_size'] == (3, size, size)
+def test_data_configuration_of_a_checkpoint(tmp_path):
+    """It is of the model as it is built, and of what is given; a dynamic model takes pictures of any size."""
+    kwargs = dict(img_size=(32, 48), patch_size=8, embed_dim=24, num_heads=3, depth=2, in_chans=1)
+    for name, more in (NAME, {}), ('vit_tiny_patch16_224', dict(dynamic_img_size=True)):
+        model = timm.create_model(name, num_classes=10, **kwargs, **more)
+        torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+        loaded, found = load_model(
+            name, checkpoint=tmp_path / 'last.pth.tar', data=dict(crop_pct=0.8, mean=(0.3,)), **kwargs, **more)
+        assert_same_weights(loaded, model)
+        data = timm.data.resolve_model_data_config(loaded)
+        assert found['num_classes'] == 10 and data['crop_pct'] == 0.8 and data['mean'] == (0.3,) and len(data['std']) == 1
+        assert data['input_size'] == (1, 32, 48)
 
 
 @pytest.mark.parametrize('saved, kwargs, given, messages', [
@@ -184,7 +154,7 @@ def test_size_of_a_dynamic_model(tmp_path):
     (NAME, dict(img_size=64), {}, ['size mismatch for pos_embed', 'Size([1, 65, 24]) from checkpoint', 'model is torch.Size([1, 17, 24]).']),
     (NAME, {}, dict(num_classes=12), ['size mismatch for head.weight', 'size mismatch for head.bias']),
     (NAME, dict(depth=7), {}, ['Unexpected key(s) in state_dict: "blocks.6.norm1.weight"', '[...]']),
-    (NAME, dict(slow_tokens='similarity'), {}, ["The weights are of an Evo-DeiT with slow_tokens='similarity'"])])
+    (NAME, dict(slow_tokens='similarity'), {}, ["These weights need slow_tokens='similarity'"])])
 def test_files_that_do_not_fit(saved, kwargs, given, messages, tmp_path):
     """One line with the first of the keys: nothing is dropped or resampled, since timm's scripts could not load it."""
     model = build(saved, **{'depth': 6, **kwargs})
@@ -193,12 +163,3 @@ def test_files_that_do_not_fit(saved, kwargs, given, messages, tmp_path):
         load_model(NAME, checkpoint=tmp_path / 'model.pth', **{**TINY, 'depth': 6, **given})
     assert all(message in str(error.value) for message in ('model.pth does not fit the model', *messages))
     assert len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize('text, message', [
-    ('model: [', 'args.yaml cannot be read'), ('- 3', 'The model must be a name'), ('lr: 3', 'The model must be a name')])
-def test_args_yaml_of_something_else(tmp_path, text, message):
-    torch.save(build_deit().state_dict(), tmp_path / 'a.pth')
-    (tmp_path / 'args.yaml').write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_model(None, checkpoint=tmp_path / 'a.pth')

@@ -75,7 +75,7 @@ def test_deit(deit, run, tmp_path):
     x = torch.randn(2, 3, 32, 32)
     assert loaded.num_classes == 10 and torch.equal(loaded(x), model(x))
     card = (output / 'README.md').read_text()
-    assert 'license: mit' in card and 'arxiv.org/abs/2108.01390' in card and 'sha256' in card and 'authors.pth' in card
+    assert 'license: mit' in card and 'authors.pth' in card
     assert '72.0' not in card, 'these are not the published weights'
     config = json.loads((output / 'config.json').read_text())
     assert config['architecture'] == 'evo_deit_tiny_patch16_224' and 'num_classes' not in config['model_args']
@@ -91,20 +91,14 @@ def test_levit(run, tmp_path):
     status, out = run('evo_levit_128s', path, kwargs=TINY_LEVIT)
     assert status == 0 and f'{len(read_weights(path))} tensors' in out and 'dropped' not in out
     assert_same_weights(model, load(tmp_path / 'out'))
-    for i, name in enumerate(['EvoLeViT_128S', 'Evo-LeViT-128S', 'evolevit_128s']):  # as the authors write it
-        assert run(name, path, kwargs=TINY_LEVIT, output=str(i))[0] == 0
-        assert json.loads((tmp_path / str(i) / 'config.json').read_text())['architecture'] == 'evo_levit_128s'
     status, out = run('evo_levit_128s', path, kwargs=dict(TINY_LEVIT, tradeoff=0.5), output='fixed')
     assert status == 0 and 'dropped, as the model has none: tradeoff' in out
 
 
 def test_moving_average(deit, run, tmp_path):
     (tmp_path / 'out').mkdir()  # an empty folder is as good as none
-    status, out = run('evo_deit_tiny', deit[1], '--use-ema')
-    assert status == 0 and '(moving average)' in out
+    assert run('evo_deit_tiny', deit[1], '--use-ema')[0] == 0
     assert torch.equal(load(tmp_path / 'out').head_cls.weight, 2 * deit[0].head_cls.weight)
-    torch.save({'model': authors_names(deit[0])}, tmp_path / 'plain.pth')
-    assert 'under model_ema or state_dict_ema' in run('evo_deit_tiny', tmp_path / 'plain.pth', '--use-ema', output='b')[1]
 
 
 def test_arguments_of_the_model(deit, run, tmp_path):
@@ -130,17 +124,15 @@ def test_the_published_sizes(run, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_timms_train_script(deit, run, tmp_path):
-    """Of a compiled model, beside its args.yaml; nobody knows who trained it."""
+    """Of a compiled model; nobody knows who trained it."""
     state = {'_orig_mod.' + k: v for k, v in deit[0].state_dict().items()}
     args = argparse.Namespace(lr=5e-4)
     torch.save({'state_dict': state, 'optimizer': {}, 'args': args, 'metric': 71.3}, tmp_path / 'last.pth.tar')
-    (tmp_path / 'args.yaml').write_text(json.dumps({'model': 'evo_deit_tiny', 'model_kwargs': TINY}))  # YAML, too
-    assert run('evo_deit_tiny', tmp_path / 'last.pth.tar', kwargs={})[0] == 0
+    assert run('evo_deit_tiny', tmp_path / 'last.pth.tar')[0] == 0
     assert_same_weights(deit[0], load(tmp_path / 'out'))
     cfg = json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg']
     assert not cfg.keys() & {'tag', 'license', 'origin_url'}, 'these are not the weights of the authors'
-    card = (tmp_path / 'out' / 'README.md').read_text()
-    assert 'license: unknown' in card and 'arxiv.org/abs/2108.01390' in card
+    assert 'license: unknown' in (tmp_path / 'out' / 'README.md').read_text()
 
 
 class Runs:
@@ -151,12 +143,12 @@ class Runs:
 
 @pytest.mark.parametrize('write, message', [
     (lambda f, ck: torch.save({**ck, 'x': Runs()}, f), r'GLOBAL (posix|nt)\.mkdir\. No code in it was run'),
-    (lambda f, ck: pickle.dump(Runs(), f, protocol=4), 'is damaged or incomplete, or holds more than'),
+    (lambda f, ck: pickle.dump(Runs(), f, protocol=4), 'is damaged, or holds more than'),
     (lambda f, ck: torch.save({**ck, 'x': PurePosixPath('a')}, f), r'GLOBAL pathlib\S*PurePosixPath'),
-    (lambda f, ck: torch.save(list(ck.values()), f), 'no dict of tensors under model or state_dict, it holds a list'),
-    (lambda f, ck: torch.save({'optimizer': {}, 'epoch': 3}, f), 'no dict of tensors under .* holds optimizer, epoch'),
-    (lambda f, ck: torch.save({'model': {'a': 3}}, f), 'no dict of tensors under .* holds model'),
-    (lambda f, ck: f.write(b'no checkpoint at all'), 'is damaged or incomplete'),
+    (lambda f, ck: torch.save(list(ck.values()), f), 'is damaged, or holds more than'),
+    (lambda f, ck: torch.save({'optimizer': {}, 'epoch': 3}, f), 'no dict of tensors, it holds optimizer, epoch'),
+    (lambda f, ck: torch.save({'model': {'a': 3}}, f), 'no dict of tensors, it holds a'),
+    (lambda f, ck: f.write(b'no checkpoint at all'), 'is damaged'),
 ])
 def test_what_is_no_checkpoint(deit, run, tmp_path, monkeypatch, write, message):
     monkeypatch.chdir(tmp_path)
@@ -177,7 +169,7 @@ def test_half_a_checkpoint(deit, tmp_path):
         content = path.read_bytes()
         for part in (0.02, 0.99):
             path.write_bytes(content[:int(part * len(content))])
-            with pytest.raises(ValueError, match=f'{path.name} is damaged or incomplete'):
+            with pytest.raises(ValueError, match=f'{path.name} is damaged'):
                 read_weights(path)
 
 

@@ -5,6 +5,7 @@ A comment in front of a block of Python says if it is not run, and why, or what 
     <!-- not run: REASON -->
     <!-- run: OLD => NEW; OLD => NEW -->
 """
+import argparse
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ import timm
 import torch
 from PIL import Image
 from programs import EXAMPLES, ROOT, TIMM_REPO, needs_timm_repo, run, write_digits
+from timm.utils import ParseKwargs
 
 from timm_evovit.tools.cli import _parser
 
@@ -152,8 +154,11 @@ def test_commands_run(page, checkout):
         if '--checkpoint output/train/RUN' in line and not timms:
             checkpoint = checkout / words[words.index('--checkpoint') + 1]
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({'state_dict': timm.create_model('evo_deit_small', num_classes=10).state_dict()}, checkpoint)
-            checkpoint.with_name('args.yaml').write_text('model: evo_deit_small')
+            name = words[words.index('--model') + 1] if '--model' in words else words[2]
+            kwargs = argparse.ArgumentParser()
+            kwargs.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+            kwargs = kwargs.parse_known_args(words)[0].model_kwargs
+            torch.save({'state_dict': timm.create_model(name, num_classes=10, **kwargs).state_dict()}, checkpoint)
         run(*arguments_in_small(words), cwd=checkout)
     if left_out:
         pytest.skip(f"{left_out} commands need timm's scripts, set TIMM_REPO to a checkout; the others passed")

@@ -7,11 +7,8 @@ import onnxruntime
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
 from programs import EXAMPLES, run, write_digits
-
-from timm_evovit import evolve
 
 SMALL = ['patch_size=8', 'embed_dim=48', 'num_heads=3', 'depth=6']
 
@@ -39,49 +36,29 @@ def test_quickstart(tmp_path, family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['evo_deit_tiny', 'deit_tiny_patch16_224'])
-def test_finetune_and_export_what_train_py_has_left(digits, tmp_path, name):
-    """By args.yaml, with other classes and another size; the default keep ratio is the model's, or that of `evolve`."""
-    kwargs = {**{k: int(v) for k, v in (word.split('=') for word in SMALL)}, 'img_size': 32}
-    weights = timm.create_model(name, num_classes=12, in_chans=1, **kwargs).state_dict()
-    torch.save({'state_dict': weights}, tmp_path / 'last.pth.tar')
-    args = {'model': name, 'num_classes': 12, 'in_chans': 1, 'model_kwargs': kwargs, 'crop_pct': 0.7, 'mean': [0.4]}
-    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(args))
-    options = ['--checkpoint', tmp_path / 'last.pth.tar']
-    run(EXAMPLES / 'finetune.py', '--data-dir', digits, *options, '--img-size', 48, '--epochs', 1, '--lr', 1e-9, '--batch-size',
-        16, '--workers', 0, '--output', tmp_path / 'out', cwd=tmp_path)
-    model = timm.create_model(f'local-dir:{tmp_path / "out" / "model"}', pretrained=True)
-    assert model.num_classes == 10 and model.patch_embed.img_size == (48, 48) and model.in_chans == 1
-    assert model.keep_ratio == ((0.5, 0.5) if name.startswith('evo') else evolve(timm.create_model(name, depth=6)).keep_ratio)
-    torch.testing.assert_close(model.state_dict()['blocks.5.mlp.fc2.weight'], weights['blocks.5.mlp.fc2.weight'])
-    if name.startswith('evo'):  # exports take long: of the one what train.py has left, of the other what finetune.py has
-        source, size, labels = options, 32, None
-    else:
-        source, size = [f'local-dir:{tmp_path / "out" / "model"}', '--pretrained'], 48
-        labels = [str(i) for i in range(10)]
-    run(EXAMPLES / 'export_onnx.py', *source, '--int8', '--output', tmp_path / 'm.onnx', cwd=tmp_path)
-    for path in (tmp_path / 'm.onnx', tmp_path / 'm.int8.onnx'):
-        meta = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
-        assert json.loads(meta['input_size']) == [1, size, size] and meta['interpolation'] == 'bicubic'
-        assert json.loads(meta['mean']) == [0.4] and json.loads(meta['crop_pct']) == 0.7 and 'std' in meta
-        assert json.loads(meta.get('label_names', 'null')) == labels
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['evo_deit_tiny', 'deit_tiny_patch16_224'])
 def test_finetune(digits, tmp_path, name):
-    size = ['img_size=32'] if name.startswith('evo') else ['--img-size', 32]
-    log = run(
-        EXAMPLES / 'finetune.py', '--data-dir', digits, '--model', name, '--model-kwargs', *SMALL, *size,
-        '--epochs', 2, '--batch-size', 16, '--workers', 0, '--keep-ratio', 0.7, '--output', tmp_path, cwd=tmp_path)
+    """From a checkpoint with other classes and another size, grey; the folder that it leaves is exported."""
+    kwargs = [*SMALL, 'img_size=32', 'in_chans=1']
+    dense = timm.create_model(name, num_classes=12, **{k: int(v) for k, v in (word.split('=') for word in kwargs)})
+    torch.save({'state_dict': dense.state_dict()}, tmp_path / 'last.pth.tar')
+    log = run(EXAMPLES / 'finetune.py', '--data-dir', digits, '--model', name, '--checkpoint', tmp_path / 'last.pth.tar',
+              '--model-kwargs', *kwargs, '--img-size', 48, '--epochs', 2, '--lr', 1e-9, '--batch-size', 16, '--workers', 0,
+              '--keep-ratio', 0.7, '--output', tmp_path, cwd=tmp_path)
     tops = [float(top1) for top1 in re.findall(r'epoch \d: loss [\d.]+, top-1 ([\d.]+) %', log)]
     assert len(tops) == 2 and f'best top-1 {max(tops):.2f} %' in log
-    model = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
+    folder = f'local-dir:{tmp_path / "model"}'
+    model = timm.create_model(folder, pretrained=True)
     assert model.keep_ratio == ((0.7, 0.7) if name.startswith('evo') else (0.912, 0.709, 0.53))
-    assert model.num_classes == 10 and model.patch_embed.img_size == (32, 32)
+    assert model.num_classes == 10 and model.patch_embed.img_size == (48, 48) and model.in_chans == 1
     assert model.pretrained_cfg['label_names'] == [str(i) for i in range(10)]
+    torch.testing.assert_close(model.state_dict()['blocks.5.mlp.fc2.weight'], dense.state_dict()['blocks.5.mlp.fc2.weight'])
     state = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['state_dict']
     for key, value in model.state_dict().items():
         torch.testing.assert_close(state[key], value, rtol=0, atol=0)
+    if not name.startswith('evo'):
+        run(EXAMPLES / 'export_onnx.py', folder, '--pretrained', '--output', tmp_path / 'm.onnx', cwd=tmp_path)
+        meta = onnxruntime.InferenceSession(tmp_path / 'm.onnx').get_modelmeta().custom_metadata_map
+        assert json.loads(meta['input_size']) == [1, 48, 48] and json.loads(meta['label_names']) == [str(i) for i in range(10)]
 
 
 def test_finetune_needs_the_same_classes(digits, tmp_path):

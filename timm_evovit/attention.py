@@ -20,8 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from .slow_tokens import SlowTokens
-from .tokens import as_fraction, at_least_float32, num_kept, take_tokens
+from .tokens import SlowTokens, as_fraction, at_least_float32, num_kept, take_tokens
 
 
 class Schedule(NamedTuple):
@@ -175,11 +174,7 @@ class EvoBlock(Block):
 
     @classmethod
     def convert(cls, block: nn.Module, name: str) -> None:
-        """Make a Block give class attention.
-
-        Raises:
-            TypeError: It is another kind of block, or has another kind of attention layer.
-        """
+        """Make a Block give class attention. Raises TypeError for another kind of block or attention layer."""
         kinds = tuple(type(part) for part in (block, getattr(block, 'attn', None)))
         if kinds != (Block, Attention):
             raise TypeError(

@@ -1,13 +1,14 @@
 """What every evolving model shares: checks of arguments, the keep ratio."""
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, Iterator, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type, Union
 
+import timm.models
 import torch
 from timm.layers.typing import disable_compiler
 from torch import distributed, nn
 
-from .hub import SavedArgs
+from .hub import NOT_MODEL_ARGS
 
 
 def check(ok: bool, name: str, wanted: str, value: Any, error: Type[Exception] = ValueError) -> None:
@@ -79,10 +80,11 @@ def draw(count: int) -> int:
     return drawn[0]
 
 
-class EvolvingModel(SavedArgs):
+class EvolvingModel(nn.Module):
     """A model with slow-fast token evolution, to be inherited from before a model of timm.
 
-    A model adds `_build_schedule`, which turns keep ratios, one per stage, into what its `run_blocks` takes, in
+    It knows the arguments that it was built with. A model adds `_current_args`, those that timm's own methods may have
+    changed since, `_build_schedule`, which turns keep ratios, one per stage, into what its `run_blocks` takes, in
     training mode or not, and `forward_slow_tokens`, which returns the `SlowTokens` of images (B, in_chans, H, W), stage
     by stage.
     """
@@ -119,6 +121,24 @@ class EvolvingModel(SavedArgs):
         self.keep_ratio = self._stage_ratios(keep_ratio, len(self.keep_ratio))
         self._remember_args(keep_ratio=self.keep_ratio)
         self._set_schedule()
+
+    @property
+    def model_args(self) -> Dict[str, Any]:
+        """Arguments that make `timm.create_model` build this model as it is now, without device, dtype and drop rates.
+
+        timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them.
+        """
+        args = {**getattr(self, '_model_args', {}), **self._current_args()}
+        return {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS and not k.endswith('_rate')}
+
+    def _remember_args(self, **args: Any) -> None:
+        """Record arguments in the attribute in which newer versions of timm record and look for them."""
+        args = {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS}
+        self._model_args = {**getattr(self, '_model_args', {}), **args}
+
+    def push_to_hf_hub(self, repo_id: str, *, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> Any:
+        """Upload with timm's function of this name, `model_args` included; those given replace the model's own."""
+        return timm.models.push_to_hf_hub(self, repo_id, model_args={**self.model_args, **(model_args or {})}, **kwargs)
 
     def extra_repr(self) -> str:
         return f'keep_ratio={self.keep_ratio}'

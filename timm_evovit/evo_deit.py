@@ -11,11 +11,11 @@ from timm.models import generate_default_cfgs
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from . import attention, evolving_vit, training  # FX finds wrapped functions as attributes of their module
+from . import attention, evo_vit, training  # FX finds wrapped functions as attributes of their module
 from .base import check, check_flag, check_ratios
 from .checkpoints import BY_SIMILARITY, rename_deit, warn_by_attention
 from .checkpoints import deit_checkpoint_filter_fn as checkpoint_filter_fn
-from .evolving_vit import EvolvingVit
+from .evo_vit import EvolvingVit
 from .hub import build_model, entry_point, evo_cfg, paper_cfg, resolve_weights
 
 __all__ = ['EvoVisionTransformer']  # entry_point will add each model to this
@@ -107,17 +107,14 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         if self.by_similarity:
             return super()._build_schedule(keep_ratio, training)
         starts = dict(zip(self.stage_starts, keep_ratio))
-        return self._select(self.tradeoff[:len(self.blocks)], starts, training)
+        return attention.Schedule.build(self.tradeoff[:len(self.blocks)], starts, self._selection(training))
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-        marked = state_dict.pop(prefix + BY_SIMILARITY, None) is not None
-        if marked and not self.by_similarity:
-            args[-1].append(  # error_msgs
-                "The weights are of an Evo-DeiT with slow_tokens='similarity': create the model with this argument "
-                '(--model-kwargs slow_tokens=similarity).')
-        if self.by_similarity:
-            if not marked:
-                warn_by_attention(state_dict, prefix)
+        marked = prefix + BY_SIMILARITY in state_dict
+        if marked and not self.by_similarity:  # args[-1] is error_msgs
+            args[-1].append("These weights need slow_tokens='similarity' (--model-kwargs slow_tokens=similarity).")
+        if self.by_similarity and not marked:
+            warn_by_attention(state_dict, prefix)
             mark = getattr(self, BY_SIMILARITY)
             state_dict[prefix + BY_SIMILARITY] = torch.ones_like(mark, device='cpu') if mark.is_meta else mark
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -145,7 +142,7 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
     def _run_blocks(self, x: torch.Tensor, rope: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Any:
         if self.by_similarity:
             return super()._run_blocks(x, rope, num_blocks, **kwargs)
-        evolving_vit.check_no_mask(kwargs.get('attn_mask'), kwargs.get('is_causal', False))
+        evo_vit.check_no_mask(kwargs.get('attn_mask'), kwargs.get('is_causal', False))
         state = attention.EvolutionState(
             self._draw_schedule(x), self.tradeoff, self.num_prefix_tokens, self.representative_token,
             self.grad_checkpointing, kwargs.get('take_indices', ()), kwargs.get('slow_tokens'))

@@ -16,7 +16,7 @@ from .base import check, check_flag, is_number
 from .checkpoints import levit_checkpoint_filter_fn as checkpoint_filter_fn
 from .checkpoints import rename_levit
 from .hub import build_model, entry_point, paper_cfg, resolve_weights
-from .slow_tokens import SlowTokens
+from .tokens import SlowTokens
 
 __all__ = ['EvoLevit']  # entry_point will add each model to this
 
@@ -225,7 +225,7 @@ class EvoLevit(training.PaperModel, levit.LevitDistilled):
                 starts[num_layers + (1 if i else 3)] = keep_ratio[i]
             num_layers += 1 + len(stage.blocks)
         # 0.5 stands for any tradeoff: a downsampling attention scales to the old sum, so it always reads it
-        return self._select([0.5] * num_layers, starts, training)
+        return Schedule.build([0.5] * num_layers, starts, self._selection(training))
 
     def _current_args(self) -> Dict[str, Any]:
         return dict(img_size=self.img_size, in_chans=self.in_chans, global_pool=self.global_pool)

@@ -1,10 +1,8 @@
-"""Where weights come from, and the arguments that are saved beside them."""
+"""Where weights come from."""
 import os
 from dataclasses import replace
-from typing import Any, Callable, Dict, Optional, Sequence, Type
+from typing import Any, Callable, Dict, Type
 
-import numpy as np
-import timm.models
 from timm.models import PretrainedCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import nn
 
@@ -25,39 +23,6 @@ PUBLISHED = {  # the authors' checkpoints: ImageNet-1k top-1 in the paper, file 
     'evo_levit_256_384': (81.1, '1MHHljQCzz-L6Sj18vq7QrQHhn4YvWjn8'),
     'evo_levit_384_384': (82.2, '1YzLPOLMLSymLzIdMqYol1HI7MwO35_7j'),
 }
-
-
-def as_saved(value: Any) -> Any:
-    """An argument without numpy's numbers and ranges, which cannot be saved."""
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        items = list(map(as_saved, value))
-        return items if isinstance(value, list) else tuple(items)
-    return value.item() if isinstance(value, np.generic) else value
-
-
-class SavedArgs(nn.Module):
-    """A model that knows the arguments that it was built with.
-
-    A model adds `_current_args`, the arguments that timm's own methods may have changed since construction.
-    """
-
-    @property
-    def model_args(self) -> Dict[str, Any]:
-        """Arguments that make `timm.create_model` build this model as it is now, without device, dtype and drop rates.
-
-        timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them.
-        """
-        args = {**getattr(self, '_model_args', {}), **self._current_args()}
-        return {k: as_saved(v) for k, v in args.items() if k not in NOT_MODEL_ARGS and not k.endswith('_rate')}
-
-    def _remember_args(self, **args: Any) -> None:
-        """Record arguments in the attribute in which newer versions of timm record and look for them."""
-        args = {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS}
-        self._model_args = {**getattr(self, '_model_args', {}), **args}
-
-    def push_to_hf_hub(self, repo_id: str, *, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> Any:
-        """Upload with timm's function of this name, `model_args` included; those given replace the model's own."""
-        return timm.models.push_to_hf_hub(self, repo_id, model_args={**self.model_args, **(model_args or {})}, **kwargs)
 
 
 def evo_cfg(**kwargs: Any) -> Dict[str, Any]:
@@ -103,12 +68,12 @@ def entry_point(create: Callable[..., nn.Module], variant: str, name: str) -> An
 
 
 def build_model(
-        model_cls: Type[SavedArgs], variant: str, pretrained: bool, pretrained_cfg: PretrainedCfg,
+        model_cls: Type[nn.Module], variant: str, pretrained: bool, pretrained_cfg: PretrainedCfg,
         filter_fn: Callable[..., Dict[str, Any]], out_indices: Any, **kwargs: Any) -> nn.Module:
     """timm's `build_model_with_cfg`, with feature extraction by `forward_intermediates` and the arguments recorded."""
     model = build_model_with_cfg(
         model_cls, variant, pretrained, pretrained_cfg=pretrained_cfg, pretrained_filter_fn=filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
-    if isinstance(model, SavedArgs):
+    if hasattr(model, '_remember_args'):  # not in the wrapper of features_only
         model._remember_args(**kwargs)
     return model

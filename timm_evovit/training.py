@@ -3,15 +3,13 @@
 The assisted CLS token loss (paper section of that name) is the mean of those of the averaged-patch head and of the
 class token head, L = (1 / B) sum_i [l(a_i, y_i) + l(c_i, y_i)] / 2. A script that knows one tensor of logits computes
 (1 / B) sum_i l(z_i, y_i). With z_i drawn from a_i and c_i, each with probability 1 / 2 and independent of i and y_i,
-the expected gradient is that of L for every criterion that averages over samples. The mean of both logits would not do:
-its cross entropy rewards the heads for disagreeing.
+the expected gradient is that of L for every criterion that averages over samples.
 """
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 from torch import nn
 
-from .attention import Schedule
 from .base import EvolvingModel, check, check_epochs, check_flag
 
 
@@ -79,10 +77,8 @@ class PaperModel(EvolvingModel):
         self.register_buffer('epochs_started', epochs)
         self._update_schedule()
 
-    def _select(self, tradeoff: Sequence[float], starts: Dict[int, float], training: bool) -> Schedule:
-        """The schedule of class attention with these stages."""
-        layerwise = training and self.layerwise_epochs
-        return Schedule.build(tradeoff, starts, 'layer' if layerwise else self.selection)
+    def _selection(self, training: bool) -> str:
+        return 'layer' if training and self.layerwise_epochs else self.selection
 
     def _update_schedule(self) -> None:
         count = self.epochs_started

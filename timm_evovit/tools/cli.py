@@ -5,14 +5,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import torch
 from safetensors import SafetensorError
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from timm.utils import ParseKwargs
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from .. import __version__
@@ -20,15 +19,15 @@ from ..base import check
 from ..evo_vit import evolve
 from .convert import convert
 from .load import load_model
-from .sweep import Pictures, Setting, describe, how_to_use, plot, sweep, table
-from .visualize import find_images, sheet, visualize
+from .sweep import choose, describe, plot, sweep, table
+from .visualize import find_images, visualize
 
 KEEP_RATIOS = (0.9, 0.7, 0.5, 0.3)  # that sweep measures by default
 
 
 def _create(args: argparse.Namespace, data: Optional[Dict[str, Any]] = None) -> Tuple[Any, Dict[str, Any]]:
     """The model that the command line describes, and the arguments that it was created with."""
-    model, args.model, kwargs = load_model(
+    model, kwargs = load_model(
         args.model, args.pretrained, args.checkpoint, args.use_ema, data, **args.model_kwargs)
     if not args.checkpoint and not args.pretrained:
         print('timm-evovit: the weights are random; --pretrained or --checkpoint give others', file=sys.stderr)
@@ -40,25 +39,13 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _visualize(args: argparse.Namespace) -> int:
-    check(bool(args.model or args.checkpoint), '--model', 'given, or --checkpoint with args.yaml beside it', args.model)
-    found = {name: find_images(name, args.output) for name in args.images}
-    missing = [name for name, paths in found.items() if not paths]
-    for name in missing:
-        reason = 'no image found outside --output' if os.path.exists(name) else 'no such file'
-        print(f'timm-evovit: {name} is skipped: {reason}', file=sys.stderr)
-    paths = list(dict.fromkeys(sum(found.values(), [])))
-    if not paths:
-        return 1
+    paths = list(dict.fromkeys(path for name in args.images for path in find_images(name, args.output)))
     model, _ = _create(args)
     if not hasattr(model, 'forward_slow_tokens'):
         model = evolve(model)
-    if args.attention and getattr(model, 'by_similarity', False):
-        raise ValueError(f'{args.model} groups patches by similarity, without class attention: leave --attention out, '
-                         'or take Evo-LeViT or Evo-DeiT with --model-kwargs slow_tokens=attention.')
-
     args.output.mkdir(parents=True, exist_ok=True)
-    drawings, names = [], {'sheet'}
-    for path, drawing in tqdm(visualize(model, paths, args.attention), total=len(paths), unit='image', disable=None):
+    names: Set[str] = set()
+    for path, drawing in tqdm(visualize(model, paths), total=len(paths), unit='image', disable=None):
         if isinstance(drawing, Exception):
             tqdm.write(f'timm-evovit: {path} is skipped: {drawing}', file=sys.stderr)
             continue
@@ -66,20 +53,17 @@ def _visualize(args: argparse.Namespace) -> int:
         name = next(name for name in candidates if name not in names)  # images in several folders may have the same one
         names.add(name)
         drawing.save(args.output / f'{name}.png')
-        drawings += [drawing] if args.sheet else []
-    if drawings:
-        sheet(drawings).save(args.output / 'sheet.png')
-    drawn = len(names) - 1
-    print(f'{args.output}: {drawn} of {len(paths) + len(missing)} images drawn')
-    return int(drawn < len(paths) or bool(missing))
+    print(f'{args.output}: {len(names)} of {len(paths)} images drawn')
+    return int(len(names) < len(paths))
 
 
 def _find_pictures(args: argparse.Namespace, model: Any) -> Any:
-    """A reader of pictures, found as timm's validate.py does. Their classes must be those of the model."""
+    """A dataset of pictures, found as timm's validate.py does. Their classes must be those of the model."""
     kind, place = args.dataset.partition('/')[0], args.data_dir
     check(kind in ('', 'torch', 'hfds'), '--dataset', 'torch/NAME or hfds/NAME', args.dataset)
     check(kind == 'hfds' or os.path.exists(place), '--data-dir', 'a folder or tar file', place)
-    found = create_dataset(args.dataset, root=place, split=args.split, class_map=args.class_map or None)
+    mode = {'input_img_mode': 'L'} if model.in_chans == 1 else {}
+    found = create_dataset(args.dataset, root=place, split=args.split, class_map=args.class_map or None, **mode)
     reader = getattr(found, 'reader', found)  # torch/NAME has none
     splits = [Path(place, name) for name in ('train', 'validation', 'val', 'test')]
     if getattr(reader, 'root', None) == place and any(f.is_dir() for s in splits for f in s.glob('*')):
@@ -90,50 +74,38 @@ def _find_pictures(args: argparse.Namespace, model: Any) -> Any:
         if count > model.num_classes or count < model.num_classes and not args.class_map:
             raise ValueError(f'{place} has folders of {count} classes, the model has {model.num_classes}: give weights '
                              f'for these classes, a --class-map if they are some of its own, or --no-labels.')
-    return reader
+    found.transform = create_transform(**resolve_model_data_config(model))
+    return Subset(found, torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:args.limit].tolist())
 
 
-def _sweep(args: argparse.Namespace) -> int:
+def _sweep(args: argparse.Namespace) -> None:
     for option, value in ('--limit', 1 if args.limit is None else args.limit), ('--rounds', args.rounds):
         check(value > 0, option, '1 or more', value)
-    data = {k: v for k in ('crop_pct', 'interpolation', 'mean', 'std') if (v := getattr(args, k)) is not None}
-    dense, kwargs = _create(args, data)
-    check(dense.num_classes > 0, 'num_classes', '1 or more', dense.num_classes)
-    evolves = hasattr(dense, 'set_keep_ratio')
-    model = dense if evolves else evolve(dense)
-    settings, args.keep_ratio = [], args.keep_ratio or getattr(model, 'train_keep_ratio', ()) or KEEP_RATIOS
-    for ratio in sorted({1., *args.keep_ratio}, reverse=True):
+    options = {k: v for k in ('crop_pct', 'interpolation', 'mean', 'std') if (v := getattr(args, k)) is not None}
+    model, kwargs = _create(args, options)
+    check(model.num_classes > 0, 'num_classes', '1 or more', model.num_classes)
+    evolves = hasattr(model, 'set_keep_ratio')
+    model = model if evolves else evolve(model)
+    args.keep_ratio = args.keep_ratio or getattr(model, 'train_keep_ratio', ()) or KEEP_RATIOS
+    ratios = sorted({1., *args.keep_ratio}, reverse=True)
+    for ratio in ratios:
         model.set_keep_ratio(ratio)  # a wrong one is refused before the work
-        settings.append(Setting(model, ratio, args.amp_dtype))
-    data = resolve_model_data_config(dense)
-    pictures = Pictures(_find_pictures(args, dense), create_transform(**data), data['input_size'][0], args.limit)
-    loader = DataLoader(pictures, args.batch_size, num_workers=args.workers)
-    batch = torch.randn(args.batch_size, *data['input_size'], device=args.device)
+    loader = DataLoader(_find_pictures(args, model), args.batch_size, num_workers=args.workers)
+    batch = torch.randn(args.batch_size, *resolve_model_data_config(model)['input_size'], device=args.device)
+    amp_dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else None
     args.max_drop = (5. if args.no_labels else 1.) if args.max_drop is None else args.max_drop
 
     args.output.mkdir(parents=True, exist_ok=True)
+    rows = sweep(model, ratios, loader, batch, not args.no_labels, args.rounds, amp_dtype)
     report = {k: v for k, v in vars(args).items() if k not in ('run', 'output')}
-    report.update(sweep(settings, loader, batch, not args.no_labels, args.max_drop, args.rounds), model_kwargs=kwargs)
-    report['python'] = report['arguments'] = None
-    if report['chosen']:
-        name, ratio = args.model, report['chosen']['keep_ratio']
-        if evolves or ratio < 1:
-            name, kwargs = (name, kwargs) if evolves else ('evo_vit', {'base': name, **kwargs})
-            kwargs = {**kwargs, 'keep_ratio': ratio}
-        report['python'], report['arguments'] = how_to_use(report, name, kwargs, dense)
-    report['device'] = torch.cuda.get_device_name(batch.device) if batch.is_cuda else args.device
-
+    images, chosen = len(loader.dataset), choose(rows, args.max_drop)
+    report.update(model_kwargs=kwargs, evolves=evolves, images=images, rows=rows, chosen=chosen)
+    print(f'\n{table(rows)}\n\n{describe(report)}')
     (args.output / 'sweep.json').write_text(json.dumps(report, indent=1, default=str) + '\n', encoding='utf-8')
-    print(f'\n{report["images"]} of {len(pictures)} pictures, {len(report["skipped"])} skipped\n')
-    print(f'{table(report["rows"])}\n\n{describe(report)}')
-    if report['images']:
-        try:
-            plot(report).savefig(args.output / 'sweep.png', dpi=130)
-        except ImportError:
-            print('timm-evovit: sweep.png needs matplotlib (pip install matplotlib) and was not drawn', file=sys.stderr)
-    if not report['complete']:
-        raise KeyboardInterrupt
-    return int(bool(report['skipped']))
+    try:
+        plot(report).savefig(args.output / 'sweep.png', dpi=130)
+    except ImportError:
+        print('timm-evovit: sweep.png needs matplotlib (pip install matplotlib) and was not drawn', file=sys.stderr)
 
 
 def _key_value(text: str) -> str:
@@ -163,19 +135,16 @@ def _parser() -> argparse.ArgumentParser:
     add('--checkpoint', metavar='FILE', help="weights, of timm's train.py or of the authors")
     add('--pretrained', action='store_true', help="the model's pretrained weights")
 
-    default = " (default: that of train.py's args.yaml beside the checkpoint)"
     add = command(_convert, common, "convert the authors' checkpoints to folders that timm loads as local-dir:DIR")
     add('model', metavar='MODEL', help='name of the model, such as evo_deit_small_patch16_224')
     add('checkpoint', metavar='CHECKPOINT', nargs='?', help='default: the published one, downloaded by gdown')
 
     add = command(_visualize, model, 'draw the slow tokens that a model makes of pictures')
-    add('images', metavar='IMAGE', nargs='+', help='image file, folder of images or glob pattern')
-    add('--model', metavar='NAME', help=f'Evo-ViT, or Vision Transformer to be evolved{default}')
-    add('--attention', action='store_true', help='also draw the class attention behind each selection')
-    add('--sheet', action='store_true', help='also write sheet.png, all drawings one below the other')
+    add('images', metavar='IMAGE', nargs='+', help='image file or folder of images')
+    add('--model', metavar='NAME', required=True, help='Evo-ViT, or Vision Transformer to be evolved')
 
     add = command(_sweep, model, 'measure speed and accuracy over keep ratios, on your model and pictures')
-    add('model', metavar='MODEL', nargs='?', help=f'Evo-ViT, or Vision Transformer to be evolved{default}')
+    add('model', metavar='MODEL', help='Evo-ViT, or Vision Transformer to be evolved')
     add('--data-dir', metavar='DIR', required=True, help='folder of pictures, tar file, or dataset')
     add('--dataset', metavar='TYPE/NAME', default='', help='torch/NAME or hfds/NAME')
     add('--split', metavar='NAME', default='validation', help='default: validation')
@@ -195,20 +164,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_output(folder: Path) -> None:
-    """Raise ValueError before the work if a folder, or where it is to be, cannot be written to."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
-    try:
-        TemporaryFile(dir=there).close()
-    except OSError as e:
-        raise ValueError(f'--output must be a folder to write to, got {str(folder)!r}: {e.strerror}.') from e
-
-
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command with `argv`, by default that of the process, and return the exit status."""
     try:
         args = _parser().parse_args(argv)
-        _check_output(args.output)
         return args.run(args) or 0
     except (AssertionError, ImportError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
         print(f'timm-evovit: {e}', file=sys.stderr)

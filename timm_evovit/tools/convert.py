@@ -1,7 +1,5 @@
 """Convert the authors' checkpoints to folders that timm, the Hugging Face Hub and transformers load."""
-import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
@@ -14,7 +12,7 @@ from timm.models._hub import generate_readme
 from ..base import check
 from ..checkpoints import OPTIONAL
 from ..hub import PUBLISHED
-from .load import head_args, load_exactly, read_args, read_weights
+from .load import head_args, load_exactly, read_weights
 
 
 def _download(name: str) -> Path:
@@ -26,13 +24,12 @@ def _download(name: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         import gdown
-        # public files need no cookies, and gdown would store them in the home folder
         gdown.download(id=PUBLISHED[name][1], output=str(path), resume=True, use_cookies=False)
         return path.resolve(strict=True)  # gdown before version 6 prints why there is no file
     except Exception as e:
-        raise RuntimeError(
-            f'{path} was not downloaded: {e}\nThe download needs gdown (pip install gdown). Run the command again, or '
-            f'pass the file of https://drive.google.com/file/d/{PUBLISHED[name][1]}/view, from a browser.') from e
+        page = f'https://drive.google.com/file/d/{PUBLISHED[name][1]}/view'
+        raise RuntimeError(f'{path} was not downloaded: {e}\nThe download needs gdown (pip install gdown). Run the '
+                           f'command again, or pass the file of {page}, from a browser.') from e
 
 
 def convert(
@@ -41,17 +38,14 @@ def convert(
 ) -> str:
     """Convert a checkpoint of the authors or timm, by default the published one of the model `name`, to a new folder.
 
-    It has model.safetensors, config.json and a model card, and is removed after an error. Returns what was dropped.
+    The folder is removed after an error. Returns what was dropped.
     """
     output = Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f'{output} exists and is not an empty folder, remove it or name another.')
-    if re.match('evo[_-]?(deit|levit)', name, re.IGNORECASE):  # as the authors write it, such as EvoLeViT_128S
-        name = re.sub('^evo_?', 'evo_', name.lower().replace('-', '_'))
-    # before a download: wrong arguments fail here, and the download needs the full name
-    model_kwargs = {**(read_args(checkpoint).get('model_kwargs', {}) if checkpoint else {}), **(model_kwargs or {})}
+    model_kwargs = model_kwargs or {}
     check(not Path(name).is_file(), 'The first argument', 'the name of a model, before the file of weights', name)
-    model: Any = timm.create_model(name, device='meta', **model_kwargs)
+    model: Any = timm.create_model(name, device='meta', **model_kwargs)  # before a download: wrong ones fail here
     check(hasattr(model, 'rename_authors'), 'The model to be converted', 'an Evo-DeiT or Evo-LeViT', name)
     variant = model.pretrained_cfg['architecture']
     path = Path(checkpoint) if checkpoint is not None else _download(variant)
@@ -62,17 +56,14 @@ def convert(
     dropped = [k for k in renamed if k not in own and k.startswith(OPTIONAL)]
     load_exactly(model, {k: v for k, v in renamed.items() if k not in dropped}, path)
 
-    authors = renamed is not weights
     if checkpoint is not None or use_ema or model_kwargs:
         cfg.pop('notes', None)  # they describe the published weights
-    for key in () if authors else ('tag', 'license', 'origin_url'):
+    for key in () if renamed is not weights else ('tag', 'license', 'origin_url'):
         cfg.pop(key, None)
-    source = f'{path.name} (moving average)' if use_ema else path.name
-    origin = [f'{source}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}', *cfg.get('notes', ())]
     card = {
-        'license': 'mit' if authors else 'unknown',
+        'license': cfg.get('license', 'unknown'),
         'description': f'{variant}, converted by timm-evovit, which timm needs to load it. Not evaluated.',
-        'details': {'Paper': f"https://arxiv.org/abs/{cfg['paper_ids'].partition(':')[2]}", 'Weights': origin}}
+        'details': {'Weights': [path.name, *cfg.get('notes', ())]}}
     try:
         save_for_hf(model, str(output), model_args=model.model_args, safe_serialization=True)
         config = json.loads((output / 'config.json').read_text(encoding='utf-8'))
@@ -83,4 +74,4 @@ def convert(
         shutil.rmtree(output, ignore_errors=True)
         raise
     left_out = f'; dropped, as the model has none: {", ".join(dropped)}' if dropped else ''
-    return f'{source}: {len(weights)} tensors\n{output}: {len(own)} tensors{left_out}'
+    return f'{path.name}: {len(weights)} tensors\n{output}: {len(own)} tensors{left_out}'
