@@ -14,7 +14,7 @@ TARGET = 'timm.models'
 
 
 def _guard(what: str, function: Callable[[], Any]) -> None:
-    """Nothing that fails here may make an import of torch or timm fail: it costs a warning."""
+    """An exception of a plugin must not make an import of torch or timm fail: it costs a warning."""
     try:
         function()
     except Exception as e:

@@ -169,7 +169,7 @@ def main():
     if args.int8 and args.output.suffix == '.xml' and not args.calibrate:
         parser.error('--int8 for OpenVINO needs pictures: --calibrate DIR')
     try:
-        model, _ = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, **args.model_kwargs)
+        model = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, **args.model_kwargs)
         model = reparameterize_model(model.eval())  # folds LeViT's batch norms into its linear layers
         size = resolve_model_data_config(model)['input_size']
         pictures = read_pictures(args.calibrate, model, args.num_pictures) if args.calibrate else None

@@ -3,7 +3,7 @@
 
     python examples/finetune.py --data-dir flowers --model evo_deit_small --pretrained
     python examples/finetune.py --data-dir flowers --model vit_small_patch16_224.augreg_in21k_ft_in1k --pretrained
-    python examples/finetune.py --data-dir flowers --checkpoint output/train/RUN/model_best.pth.tar
+    python examples/finetune.py --data-dir flowers --model NAME --model-kwargs KEY=VALUE --checkpoint FILE
 
 The folder has one folder per class below `train` and below `validation`. A checkpoint needs the --model and the
 --model-kwargs that it was trained with. After every epoch in which top-1 rises, --output receives `checkpoint.pth`, for
@@ -34,6 +34,7 @@ start.add_argument('--pretrained', action='store_true', help="start from the mod
 start.add_argument('--checkpoint', metavar='FILE', help="start from weights, such as those of timm's train.py")
 parser.add_argument('--use-ema', action='store_true', help="the checkpoint's moving average of the weights")
 parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='further arguments of the model')
+parser.add_argument('--crop-pct', type=float, help="for validation, the model's own by default")
 parser.add_argument('--img-size', type=int, help="the model's own by default")
 parser.add_argument(
     '--keep-ratio', type=float, help="ratio of slow tokens to patches (default: the model's own, 0.6 if it is evolved)")
@@ -69,7 +70,8 @@ def main():
         overlay = {'pretrained_cfg_overlay': {'input_size': (3, *size)}} if size else {}
         kwargs = {'num_classes': len(classes), **overlay, **kwargs}
     try:
-        model, _ = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, **kwargs)
+        data = {'crop_pct': args.crop_pct} if args.crop_pct else None
+        model = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, data, **kwargs)
     except (OSError, RuntimeError, TypeError, ValueError) as e:
         parser.error(str(e))
     if args.checkpoint and size and size != model.pretrained_cfg['input_size'][1:]:

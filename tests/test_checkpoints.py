@@ -141,11 +141,11 @@ def test_data_configuration_of_a_checkpoint(tmp_path):
     for name, more in (NAME, {}), ('vit_tiny_patch16_224', dict(dynamic_img_size=True)):
         model = timm.create_model(name, num_classes=10, **kwargs, **more)
         torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
-        loaded, found = load_model(
+        loaded = load_model(
             name, checkpoint=tmp_path / 'last.pth.tar', data=dict(crop_pct=0.8, mean=(0.3,)), **kwargs, **more)
         assert_same_weights(loaded, model)
         data = timm.data.resolve_model_data_config(loaded)
-        assert found['num_classes'] == 10 and data['crop_pct'] == 0.8 and data['mean'] == (0.3,) and len(data['std']) == 1
+        assert loaded.num_classes == 10 and data['crop_pct'] == 0.8 and data['mean'] == (0.3,) and len(data['std']) == 1
         assert data['input_size'] == (1, 32, 48)
 
 

@@ -109,7 +109,7 @@ def checkout(tmp_path_factory):
     for name in ('examples', 'benchmarks'):
         (folder / name).symlink_to(ROOT / name)
     (folder / 'pytorch-image-models').symlink_to(TIMM_REPO)
-    write_digits(folder / 'flowers', per_class=14)
+    write_digits(folder / 'flowers', per_class=5)
     shutil.copytree(folder / 'flowers' / 'validation', folder / 'flowers' / 'test')
     for name, suffix, count in (('photos', 'jpg', 8), ('pictures', 'png', 40)):  # without classes
         (folder / name).mkdir()
@@ -155,7 +155,7 @@ def test_commands_run(page, checkout):
             checkpoint = checkout / words[words.index('--checkpoint') + 1]
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             name = words[words.index('--model') + 1] if '--model' in words else words[2]
-            kwargs = argparse.ArgumentParser()
+            kwargs = argparse.ArgumentParser(allow_abbrev=False)
             kwargs.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
             kwargs = kwargs.parse_known_args(words)[0].model_kwargs
             torch.save({'state_dict': timm.create_model(name, num_classes=10, **kwargs).state_dict()}, checkpoint)

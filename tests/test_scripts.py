@@ -90,11 +90,10 @@ def test_onnx_export(name, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model(name)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
-    for extra in ((), ('--reparam',)):
-        run(
-            TIMM_REPO / 'onnx_export.py', tmp_path / 'model.onnx', '--model', name, '--checkpoint',
-            tmp_path / 'model.pth', '--num-classes', 1000, '--check-forward', '-b', 2, *extra, cwd=tmp_path)
-        (tmp_path / 'model.onnx').unlink()
+    reparam = ['--reparam'] if 'levit' in name else []  # folds batch norms
+    run(TIMM_REPO / 'onnx_export.py', tmp_path / 'model.onnx', '--model', name, '--checkpoint', tmp_path / 'model.pth',
+        '--num-classes', 1000, '--check-forward', '-b', 2, *reparam, cwd=tmp_path)
+    assert (tmp_path / 'model.onnx').is_file()
 
 
 def test_recipes_have_the_papers_figures():

@@ -6,9 +6,8 @@ The patches of highest global class attention are informative and go through the
 placeholders, are updated by one representative token, or wait. A `Schedule` says where stages start, `split_tokens` and
 `merge_tokens` start and end one, and `run_blocks` is the loop over the blocks.
 
-Everything here works on sequences of prefix tokens (class token first) followed by patch tokens in raster order. Shapes
-use B images, N tokens of which P (`num_prefix_tokens`) are prefix tokens, n = N - P patches, K informative ones, C
-channels.
+Sequences are prefix tokens (class token first), then patch tokens in raster order. Shapes use B images, N tokens of
+which P (`num_prefix_tokens`) are prefix tokens, n = N - P patches, K informative ones, C channels.
 """
 from itertools import accumulate
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union

@@ -1,4 +1,4 @@
-"""What every evolving model shares: checks of arguments, the keep ratio."""
+"""What every evolving model shares: checks of arguments, the keep ratio, the arguments that are saved with it."""
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type, Union
@@ -8,7 +8,9 @@ import torch
 from timm.layers.typing import disable_compiler
 from torch import distributed, nn
 
-from .hub import NOT_MODEL_ARGS
+NOT_MODEL_ARGS = (
+    'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args',
+    'pretrained_strict', 'weight_init')
 
 
 def check(ok: bool, name: str, wanted: str, value: Any, error: Type[Exception] = ValueError) -> None:
@@ -129,6 +131,7 @@ class EvolvingModel(nn.Module):
         timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them.
         """
         args = {**getattr(self, '_model_args', {}), **self._current_args()}
+        args = {k: v.item() if hasattr(v, 'item') else v for k, v in args.items()}  # numpy's cannot be saved
         return {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS and not k.endswith('_rate')}
 
     def _remember_args(self, **args: Any) -> None:

@@ -3,7 +3,6 @@ import copy
 import functools
 import inspect
 from dataclasses import replace
-from numbers import Real
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import timm
@@ -59,7 +58,7 @@ class EvolvingVit(EvolvingModel):
         self.train_keep_ratio = () if train_keep_ratio is None else check_ratios(
             'train_keep_ratio', train_keep_ratio, None, 'draw')
         self.evolution_args = dict(
-            keep_ratio=float(keep_ratio) if isinstance(keep_ratio, Real) else self.keep_ratio,
+            keep_ratio=keep_ratio if is_number(keep_ratio) else self.keep_ratio,
             stages=None if stages is None else self.built_stages, train_keep_ratio=self.train_keep_ratio or None)
 
     def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
@@ -92,7 +91,8 @@ class EvolvingVit(EvolvingModel):
     def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
         self._truncate_to_depth()  # blocks may have been pruned through the dense model
         super().set_keep_ratio(keep_ratio)
-        self.evolution_args['keep_ratio'] = self.keep_ratio
+        given = keep_ratio if is_number(keep_ratio) else self.keep_ratio
+        self.evolution_args = {**self.evolution_args, 'keep_ratio': given}
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> List[int]:
         take_indices = super().prune_intermediate_layers(*args, **kwargs)

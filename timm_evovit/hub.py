@@ -1,4 +1,4 @@
-"""Where weights come from."""
+"""Configurations, weights and entry points of the paper's models."""
 import os
 from dataclasses import replace
 from typing import Any, Callable, Dict, Type
@@ -6,9 +6,6 @@ from typing import Any, Callable, Dict, Type
 from timm.models import PretrainedCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import nn
 
-NOT_MODEL_ARGS = (
-    'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args',
-    'pretrained_strict', 'weight_init')
 HUB_VARIABLE = 'TIMM_EVOVIT_HUB'
 PUBLISHED = {  # the authors' checkpoints: ImageNet-1k top-1 in the paper, file on Google Drive
     'evo_deit_tiny_patch16_224': (72.0, '1AL4uHGHvCoFXkrtHRgf4XmurgRs5-qab'),

@@ -4,14 +4,16 @@ import itertools
 import json
 import os
 import sys
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Dict, List, Optional, Set
 
 import torch
 from safetensors import SafetensorError
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import Compose
 from tqdm import tqdm
 
 from .. import __version__
@@ -25,13 +27,13 @@ from .visualize import find_images, visualize
 KEEP_RATIOS = (0.9, 0.7, 0.5, 0.3)  # that sweep measures by default
 
 
-def _create(args: argparse.Namespace, data: Optional[Dict[str, Any]] = None) -> Tuple[Any, Dict[str, Any]]:
-    """The model that the command line describes, and the arguments that it was created with."""
-    model, kwargs = load_model(
-        args.model, args.pretrained, args.checkpoint, args.use_ema, data, **args.model_kwargs)
+def _create(args: argparse.Namespace, data: Optional[Dict[str, Any]] = None) -> Any:
+    """The model that the command line describes."""
+    check(bool(args.checkpoint) or not args.use_ema, '--use-ema', 'with a --checkpoint', args.use_ema)
+    model = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, data, **args.model_kwargs)
     if not args.checkpoint and not args.pretrained:
         print('timm-evovit: the weights are random; --pretrained or --checkpoint give others', file=sys.stderr)
-    return model.eval().to(args.device), kwargs
+    return model.eval().to(args.device)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -40,7 +42,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _visualize(args: argparse.Namespace) -> int:
     paths = list(dict.fromkeys(path for name in args.images for path in find_images(name, args.output)))
-    model, _ = _create(args)
+    model = _create(args)
     if not hasattr(model, 'forward_slow_tokens'):
         model = evolve(model)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -62,8 +64,7 @@ def _find_pictures(args: argparse.Namespace, model: Any) -> Any:
     kind, place = args.dataset.partition('/')[0], args.data_dir
     check(kind in ('', 'torch', 'hfds'), '--dataset', 'torch/NAME or hfds/NAME', args.dataset)
     check(kind == 'hfds' or os.path.exists(place), '--data-dir', 'a folder or tar file', place)
-    mode = {'input_img_mode': 'L'} if model.in_chans == 1 else {}
-    found = create_dataset(args.dataset, root=place, split=args.split, class_map=args.class_map or None, **mode)
+    found = create_dataset(args.dataset, root=place, split=args.split, class_map=args.class_map or None)
     reader = getattr(found, 'reader', found)  # torch/NAME has none
     splits = [Path(place, name) for name in ('train', 'validation', 'val', 'test')]
     if getattr(reader, 'root', None) == place and any(f.is_dir() for s in splits for f in s.glob('*')):
@@ -74,7 +75,8 @@ def _find_pictures(args: argparse.Namespace, model: Any) -> Any:
         if count > model.num_classes or count < model.num_classes and not args.class_map:
             raise ValueError(f'{place} has folders of {count} classes, the model has {model.num_classes}: give weights '
                              f'for these classes, a --class-map if they are some of its own, or --no-labels.')
-    found.transform = create_transform(**resolve_model_data_config(model))
+    to_mode = methodcaller('convert', 'L' if model.in_chans == 1 else 'RGB')
+    found.transform = Compose([to_mode, create_transform(**resolve_model_data_config(model))])
     return Subset(found, torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:args.limit].tolist())
 
 
@@ -82,11 +84,11 @@ def _sweep(args: argparse.Namespace) -> None:
     for option, value in ('--limit', 1 if args.limit is None else args.limit), ('--rounds', args.rounds):
         check(value > 0, option, '1 or more', value)
     options = {k: v for k in ('crop_pct', 'interpolation', 'mean', 'std') if (v := getattr(args, k)) is not None}
-    model, kwargs = _create(args, options)
+    model = _create(args, options)
     check(model.num_classes > 0, 'num_classes', '1 or more', model.num_classes)
     evolves = hasattr(model, 'set_keep_ratio')
     model = model if evolves else evolve(model)
-    args.keep_ratio = args.keep_ratio or getattr(model, 'train_keep_ratio', ()) or KEEP_RATIOS
+    args.keep_ratio = args.keep_ratio or model.train_keep_ratio or KEEP_RATIOS
     ratios = sorted({1., *args.keep_ratio}, reverse=True)
     for ratio in ratios:
         model.set_keep_ratio(ratio)  # a wrong one is refused before the work
@@ -98,8 +100,7 @@ def _sweep(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     rows = sweep(model, ratios, loader, batch, not args.no_labels, args.rounds, amp_dtype)
     report = {k: v for k, v in vars(args).items() if k not in ('run', 'output')}
-    images, chosen = len(loader.dataset), choose(rows, args.max_drop)
-    report.update(model_kwargs=kwargs, evolves=evolves, images=images, rows=rows, chosen=chosen)
+    report.update(evolves=evolves, images=len(loader.dataset), rows=rows, chosen=choose(rows, args.max_drop))
     print(f'\n{table(rows)}\n\n{describe(report)}')
     (args.output / 'sweep.json').write_text(json.dumps(report, indent=1, default=str) + '\n', encoding='utf-8')
     try:
@@ -170,7 +171,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         args = _parser().parse_args(argv)
         return args.run(args) or 0
     except (AssertionError, ImportError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
-        print(f'timm-evovit: {e}', file=sys.stderr)
+        print(f'timm-evovit: {str(e) or type(e).__name__}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('timm-evovit: interrupted', file=sys.stderr)

@@ -3,13 +3,14 @@ import argparse
 import re
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Union
 
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.layers import to_2tuple
-from timm.models import load_state_dict
+from timm.models import clean_state_dict
 from torch import nn
 
 from ..base import check
@@ -17,20 +18,23 @@ from ..base import check
 
 def read_weights(path: Union[str, Path], use_ema: bool = False) -> Dict[str, torch.Tensor]:
     """The weights, or their moving average, of a checkpoint of the authors or timm. No code in the file is run."""
-    open(path, 'rb').close()  # timm does not say which file is missing
+    open(path, 'rb').close()
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            weights = load_state_dict(str(path), use_ema, weights_only=True)
-    except Exception as e:  # a damaged file can make PyTorch raise almost anything
-        # the rest of PyTorch's message is how to load the file without this protection
-        text = str(e.__cause__ or e)
-        reason = re.search(r'GLOBAL [\w.]+', text) or re.match('[^.]*', text)
+            safe = Path(path).suffix == '.safetensors'
+            content = load_file(path) if safe else torch.load(path, 'cpu', weights_only=True)
+    except Exception as e:  # of almost any kind. The rest of PyTorch's message is how to load without this protection
+        reason = re.search(r'GLOBAL [\w.]+', str(e)) or re.match('[^.]*', str(e))
         raise ValueError(
             f'{path} is damaged, or holds more than the tensors, plain Python values and argparse.Namespace of a '
             f'checkpoint: {reason and reason[0] or type(e).__name__}. No code in it was run.') from e
+    keys = ('model_ema', 'state_dict_ema') if use_ema else ('model', 'state_dict')
+    entries = content if isinstance(content, dict) else {}
+    weights = next((entries[k] for k in keys if entries.get(k)), {} if use_ema else entries)
     if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise ValueError(f'{path} has no dict of tensors, it holds {shorten(", ".join(map(str, weights)), 100)}.')
-    return weights
+        found = shorten(', '.join(map(str, entries)), 100) or f'a {type(content).__name__}'
+        raise ValueError(f'{path} has no dict of tensors under {" or ".join(keys)}, it holds {found}.')
+    return clean_state_dict(weights)
 
 
 def head_args(weights: Dict[str, torch.Tensor]) -> Dict[str, int]:
@@ -64,19 +68,17 @@ def data_config(model: Any, args: Optional[Dict[str, Any]] = None) -> Dict[str, 
 def load_model(
         name: str, /, pretrained: bool = False, checkpoint: Union[str, Path, None] = None, use_ema: bool = False,
         data: Optional[Dict[str, Any]] = None, **kwargs: Any,
-) -> Tuple[Any, Dict[str, Any]]:
+) -> Any:
     """Create a model of timm. A checkpoint, or its moving average, is loaded if one is given: all keys must match.
 
-    `data` are options of timm's scripts, such as `crop_pct`. Returns the model and the arguments it was created with.
-    Its `pretrained_cfg` is for pictures of its own size and channels, its `default_cfg` is left as timm has it. Raises
-    ValueError if the checkpoint is no file of weights that fit the model.
+    `data` are options of timm's scripts, such as `crop_pct`. The model's `pretrained_cfg` is for pictures of its own
+    size and channels. Raises ValueError if the checkpoint is no file of weights that fit the model.
     """
     check(not Path(name).is_file(), 'The model', 'a name, weights are given by --checkpoint', name)
     weights = read_weights(checkpoint, use_ema) if checkpoint else {}
     size = {'input_size': (3, *to_2tuple(kwargs['img_size']))} if 'img_size' in kwargs else {}
-    kwargs = {**head_args(weights), **kwargs}
-    model: Any = timm.create_model(name, pretrained=pretrained, **kwargs)
+    model: Any = timm.create_model(name, pretrained=pretrained, **{**head_args(weights), **kwargs})
     if checkpoint:
         load_exactly(model, weights, checkpoint)
     model.pretrained_cfg = {**model.pretrained_cfg, **data_config(model, {**size, **(data or {})})}
-    return model, kwargs
+    return model

@@ -102,13 +102,13 @@ def sweep(
 
     with torch.inference_mode():
         counts = [multiply_adds(partial(run, ratio), batch[:1]) for ratio in keep_ratios]
-        times = time_in_turns({r: partial(run, r, batch) for r in keep_ratios}, rounds, 1, 0.3, batch.device)
         found = []
         for images, target in tqdm(loader, 'accuracy', unit='batch', disable=None):
             outputs = torch.stack([run(ratio, images.to(batch.device)).cpu() for ratio in keep_ratios])
             for label in target.tolist() if labels else ():
                 check(0 <= label < outputs.shape[-1], 'label', f'in 0 .. {outputs.shape[-1] - 1}', label)
             found.append((outputs.topk(min(5, outputs.shape[-1])).indices, target))
+        times = time_in_turns({r: partial(run, r, batch) for r in keep_ratios}, rounds, 1, 0.3, batch.device)
     top5, targets = torch.cat([classes for classes, _ in found], dim=1), torch.cat([target for _, target in found])
     rows = []
     for ratio, count, classes in zip(keep_ratios, counts, top5):
@@ -146,19 +146,17 @@ def table(rows: Sequence[Dict[str, Any]]) -> str:
 
 def describe(report: Dict[str, Any]) -> str:
     """The choice in words, and how to use it."""
-    chosen, drop, name = report['chosen'], report['max_drop'], report['model']
-    ratio, unit = f'keep_ratio={chosen["keep_ratio"]:g}', 'points of top-1' if 'top1' in chosen else '% of predictions'
-    limit = f'{"lose" if "top1" in chosen else "change"} at most {drop} {unit}'
-    if chosen == report['rows'][0]:
-        return (f'No keep ratio below 1 is faster than the dense model and sure (95 %) to {limit}. '
-                f'More pictures than these {report["images"]} make the intervals smaller.')
-    text = (f'The fastest keep ratio that is sure (95 %) to {limit} is {chosen["keep_ratio"]:g}, '
-            f'{chosen["speed_up"]:.2f} times as fast as the dense model.')
-    python, arguments = f'model.set_keep_ratio({chosen["keep_ratio"]:g})', ''
-    if not report['evolves']:
-        base = shlex.quote('base=' + json.dumps(name))  # timm takes names with a colon in quotes only
-        python, arguments = f'model = timm_evovit.evolve(model, {ratio})', f'--model evo_vit --model-kwargs {base} '
-    return f"{text}\n\nIn Python:           {python}\nFor timm's scripts:  {arguments or '--model-kwargs '}{ratio}"
+    chosen, drop, evolves = (report[key] for key in ('chosen', 'max_drop', 'evolves'))
+    ratio, gain, images = chosen['keep_ratio'], chosen['speed_up'], report['images']
+    limit = f'lose at most {drop} points of top-1' if 'top1' in chosen else f'change at most {drop} % of predictions'
+    if ratio == 1:
+        return f'No keep ratio below 1 is faster than dense and, with these {images} pictures, sure (95 %) to {limit}.'
+    text = f'The fastest keep ratio that is sure (95 %) to {limit} is {ratio}, {gain:.2f} times as fast as dense.'
+    python = f'model.set_keep_ratio({ratio})' if evolves else f'model = timm_evovit.evolve(model, keep_ratio={ratio})'
+    kwargs = {**({} if evolves else {'base': report['model']}), **report['model_kwargs'], 'keep_ratio': ratio}
+    words = shlex.join(f'{k}={json.dumps(v) if ":" in str(v) else v}' for k, v in kwargs.items())  # as timm reads them
+    arguments = f"{'' if evolves else '--model evo_vit '}--model-kwargs {words}"
+    return f"{text}\n\nIn Python:           {python}\nFor timm's scripts:  {arguments}"
 
 
 def plot(report: Dict[str, Any]) -> Any:
