@@ -28,7 +28,7 @@ from timm_evovit.tools.load import load_model
 from timm_evovit.tools.sweep import time_in_turns
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('model', help='any name that timm.create_model takes')
+parser.add_argument('model', help='any name that timm.create_model takes; evo_vit with base=NAME evolves a dense model')
 parser.add_argument('--pretrained', action='store_true')
 parser.add_argument('--checkpoint', metavar='FILE', help="weights of the model, such as those of timm's train.py")
 parser.add_argument('--use-ema', action='store_true', help="the checkpoint's moving average of the weights")

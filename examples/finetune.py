@@ -72,17 +72,18 @@ def main():
     try:
         data = {'crop_pct': args.crop_pct} if args.crop_pct else None
         model = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, data, **kwargs)
+        if size and size != model.pretrained_cfg['input_size'][1:]:  # of a checkpoint or a saved folder
+            model.set_input_size(size)
+            model.pretrained_cfg['input_size'] = (model.in_chans, *size)
+        model = model if hasattr(model, 'set_keep_ratio') else evolve(model)
+        if args.keep_ratio is not None:
+            model.set_keep_ratio(args.keep_ratio)
     except (OSError, RuntimeError, TypeError, ValueError) as e:
         parser.error(str(e))
-    if args.checkpoint and size and size != model.pretrained_cfg['input_size'][1:]:
-        model.set_input_size(size)
-        model.pretrained_cfg['input_size'] = (model.in_chans, *size)
+    if not args.pretrained and not args.checkpoint:
+        print('The weights are random; --pretrained or --checkpoint give others.')
     if model.num_classes != len(classes):
         model.reset_classifier(len(classes))
-    if not hasattr(model, 'set_keep_ratio'):
-        model = evolve(model)
-    if args.keep_ratio is not None:
-        model.set_keep_ratio(args.keep_ratio)
     model.to(args.device)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     if getattr(model, 'assisted_cls', False):  # the paper's loss: mean of the losses of the patches and the class token

@@ -303,10 +303,7 @@ def test_what_it_prints_gives_the_accuracy_of_the_table(command, digits, tmp_pat
     assert chosen['keep_ratio'] == RATIOS[-1] and chosen['top1'] > 5
     assert accuracy(output, target)[0].item() == pytest.approx(chosen['top1'])
     if 'TIMM_REPO' in os.environ:
-        added = shlex.split(arguments)
-        added = ['--model', name, *added] if added[0] == '--model-kwargs' else added
-        added.remove('num_classes=10')  # an option of the script
-        run(TIMM_REPO / 'validate.py', *added, '--num-classes', 10, '--img-size', MODELS[name]['img_size'],
+        run(TIMM_REPO / 'validate.py', *shlex.split(arguments),
             '--checkpoint', tmp_path / 'model.pth', '--data-dir', digits, '--device', 'cpu', '--results-file',
             tmp_path / 'validate.json', '--results-format', 'json', '-b', 16, '-j', 1, cwd=tmp_path)
         found = json.loads((tmp_path / 'validate.json').read_text())

@@ -1,7 +1,7 @@
 """What every evolving model shares: checks of arguments, the keep ratio, the arguments that are saved with it."""
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type, TypeGuard, Union
 
 import timm.models
 import torch
@@ -18,7 +18,7 @@ def check(ok: bool, name: str, wanted: str, value: Any, error: Type[Exception] =
         raise error(f'{name} must be {wanted}, got {value!r}.')
 
 
-def is_number(value: Any, kind: Any = Real) -> bool:
+def is_number(value: Any, kind: Any = Real) -> TypeGuard[float]:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -126,7 +126,7 @@ class EvolvingModel(nn.Module):
 
     @property
     def model_args(self) -> Dict[str, Any]:
-        """Arguments that make `timm.create_model` build this model as it is now, without device, dtype and drop rates.
+        """Arguments that make `timm.create_model` build this model as it is now, not classes, device, drop rates.
 
         timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them.
         """

@@ -84,9 +84,8 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         if stages is None and not self.by_similarity:  # two equal stages follow a dense third
             stages = sorted({depth // 3, 2 * depth // 3} - {0})
         self._init_stages(keep_ratio, stages, train_keep_ratio, first=0 if self.by_similarity else 1)
-        # a key of the weights by which they tell how they were trained
         mark = torch.ones((), dtype=torch.int64, device=next(self.parameters()).device) if self.by_similarity else None
-        self.register_buffer(BY_SIMILARITY, mark)
+        self.register_buffer(BY_SIMILARITY, mark)  # weights tell by this key how they were trained
         if not self.by_similarity:
             wanted = "True to find slow tokens by class attention; slow_tokens='similarity' needs none"
             check(self.cls_token is not None, 'class_token', wanted, False)

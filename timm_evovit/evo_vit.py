@@ -58,7 +58,7 @@ class EvolvingVit(EvolvingModel):
         self.train_keep_ratio = () if train_keep_ratio is None else check_ratios(
             'train_keep_ratio', train_keep_ratio, None, 'draw')
         self.evolution_args = dict(
-            keep_ratio=keep_ratio if is_number(keep_ratio) else self.keep_ratio,
+            keep_ratio=float(keep_ratio) if is_number(keep_ratio) else self.keep_ratio,
             stages=None if stages is None else self.built_stages, train_keep_ratio=self.train_keep_ratio or None)
 
     def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:
@@ -91,7 +91,7 @@ class EvolvingVit(EvolvingModel):
     def set_keep_ratio(self, keep_ratio: Union[float, Sequence[float]]) -> None:
         self._truncate_to_depth()  # blocks may have been pruned through the dense model
         super().set_keep_ratio(keep_ratio)
-        given = keep_ratio if is_number(keep_ratio) else self.keep_ratio
+        given = float(keep_ratio) if is_number(keep_ratio) else self.keep_ratio
         self.evolution_args = {**self.evolution_args, 'keep_ratio': given}
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> List[int]:
@@ -305,8 +305,7 @@ def _names_used(name: str, methods: Dict[str, Any], seen: Tuple[str, ...] = ()) 
 
 
 def _blank(dense_class: Any) -> Any:
-    cls = evolved_class(dense_class)
-    return object.__new__(cls)  # the class of a sharded model has a __new__ of its own
+    return object.__new__(evolved_class(dense_class))  # the class of a sharded model has a __new__ of its own
 
 
 def check_can_evolve(model: nn.Module) -> None:

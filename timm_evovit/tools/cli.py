@@ -27,10 +27,10 @@ from .visualize import find_images, visualize
 KEEP_RATIOS = (0.9, 0.7, 0.5, 0.3)  # that sweep measures by default
 
 
-def _create(args: argparse.Namespace, data: Optional[Dict[str, Any]] = None) -> Any:
+def _create(args: argparse.Namespace) -> Any:
     """The model that the command line describes."""
-    check(bool(args.checkpoint) or not args.use_ema, '--use-ema', 'with a --checkpoint', args.use_ema)
-    model = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, data, **args.model_kwargs)
+    check(bool(args.checkpoint) or not args.use_ema, '--use-ema', 'left out without a --checkpoint', args.use_ema)
+    model = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, vars(args), **args.model_kwargs)
     if not args.checkpoint and not args.pretrained:
         print('timm-evovit: the weights are random; --pretrained or --checkpoint give others', file=sys.stderr)
     return model.eval().to(args.device)
@@ -59,7 +59,7 @@ def _visualize(args: argparse.Namespace) -> int:
     return int(len(names) < len(paths))
 
 
-def _find_pictures(args: argparse.Namespace, model: Any) -> Any:
+def _find_pictures(args: argparse.Namespace, model: Any, data: Dict[str, Any]) -> Any:
     """A dataset of pictures, found as timm's validate.py does. Their classes must be those of the model."""
     kind, place = args.dataset.partition('/')[0], args.data_dir
     check(kind in ('', 'torch', 'hfds'), '--dataset', 'torch/NAME or hfds/NAME', args.dataset)
@@ -76,31 +76,30 @@ def _find_pictures(args: argparse.Namespace, model: Any) -> Any:
             raise ValueError(f'{place} has folders of {count} classes, the model has {model.num_classes}: give weights '
                              f'for these classes, a --class-map if they are some of its own, or --no-labels.')
     to_mode = methodcaller('convert', 'L' if model.in_chans == 1 else 'RGB')
-    found.transform = Compose([to_mode, create_transform(**resolve_model_data_config(model))])
+    found.transform = Compose([to_mode, create_transform(**data)])
     return Subset(found, torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:args.limit].tolist())
 
 
 def _sweep(args: argparse.Namespace) -> None:
     for option, value in ('--limit', 1 if args.limit is None else args.limit), ('--rounds', args.rounds):
         check(value > 0, option, '1 or more', value)
-    options = {k: v for k in ('crop_pct', 'interpolation', 'mean', 'std') if (v := getattr(args, k)) is not None}
-    model = _create(args, options)
+    model = _create(args)
     check(model.num_classes > 0, 'num_classes', '1 or more', model.num_classes)
-    evolves = hasattr(model, 'set_keep_ratio')
+    data, evolves = resolve_model_data_config(model), hasattr(model, 'set_keep_ratio')
     model = model if evolves else evolve(model)
     args.keep_ratio = args.keep_ratio or model.train_keep_ratio or KEEP_RATIOS
     ratios = sorted({1., *args.keep_ratio}, reverse=True)
     for ratio in ratios:
         model.set_keep_ratio(ratio)  # a wrong one is refused before the work
-    loader = DataLoader(_find_pictures(args, model), args.batch_size, num_workers=args.workers)
-    batch = torch.randn(args.batch_size, *resolve_model_data_config(model)['input_size'], device=args.device)
+    loader = DataLoader(_find_pictures(args, model, data), args.batch_size, num_workers=args.workers)
+    batch = torch.randn(args.batch_size, *data['input_size'], device=args.device)
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else None
     args.max_drop = (5. if args.no_labels else 1.) if args.max_drop is None else args.max_drop
-
     args.output.mkdir(parents=True, exist_ok=True)
     rows = sweep(model, ratios, loader, batch, not args.no_labels, args.rounds, amp_dtype)
     report = {k: v for k, v in vars(args).items() if k not in ('run', 'output')}
-    report.update(evolves=evolves, images=len(loader.dataset), rows=rows, chosen=choose(rows, args.max_drop))
+    report.update(num_classes=model.num_classes, input_size=data['input_size'], images=len(loader.dataset), rows=rows)
+    report.update(evolves=evolves, chosen=choose(rows, args.max_drop))
     print(f'\n{table(rows)}\n\n{describe(report)}')
     (args.output / 'sweep.json').write_text(json.dumps(report, indent=1, default=str) + '\n', encoding='utf-8')
     try:

@@ -51,7 +51,7 @@ def load_exactly(model: nn.Module, weights: Dict[str, torch.Tensor], path: Union
     except RuntimeError as e:  # it names every tensor
         lines = sorted(str(e).split('\n\t')[1:], key=lambda line: 'key(s)' in line)  # shapes come first
         misfits = shorten(' '.join(lines), 300)
-        raise ValueError(f'{path} does not fit the model, its image size or other arguments: {misfits}') from e
+        raise ValueError(f'{path} does not fit the model, its size or other --model-kwargs: {misfits}') from e
 
 
 def data_config(model: Any, args: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:

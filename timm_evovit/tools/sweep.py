@@ -146,17 +146,19 @@ def table(rows: Sequence[Dict[str, Any]]) -> str:
 
 def describe(report: Dict[str, Any]) -> str:
     """The choice in words, and how to use it."""
-    chosen, drop, evolves = (report[key] for key in ('chosen', 'max_drop', 'evolves'))
-    ratio, gain, images = chosen['keep_ratio'], chosen['speed_up'], report['images']
+    chosen, drop, name, images = (report[key] for key in ('chosen', 'max_drop', 'model', 'images'))
+    ratio, use, base = chosen['keep_ratio'], 'model.set_keep_ratio(', {}
     limit = f'lose at most {drop} points of top-1' if 'top1' in chosen else f'change at most {drop} % of predictions'
     if ratio == 1:
         return f'No keep ratio below 1 is faster than dense and, with these {images} pictures, sure (95 %) to {limit}.'
-    text = f'The fastest keep ratio that is sure (95 %) to {limit} is {ratio}, {gain:.2f} times as fast as dense.'
-    python = f'model.set_keep_ratio({ratio})' if evolves else f'model = timm_evovit.evolve(model, keep_ratio={ratio})'
-    kwargs = {**({} if evolves else {'base': report['model']}), **report['model_kwargs'], 'keep_ratio': ratio}
-    words = shlex.join(f'{k}={json.dumps(v) if ":" in str(v) else v}' for k, v in kwargs.items())  # as timm reads them
-    arguments = f"{'' if evolves else '--model evo_vit '}--model-kwargs {words}"
-    return f"{text}\n\nIn Python:           {python}\nFor timm's scripts:  {arguments}"
+    if not report['evolves']:
+        name, use, base = 'evo_vit', 'model = timm_evovit.evolve(model, keep_ratio=', {'base': name}
+    kwargs = {**base, **report['model_kwargs'], 'keep_ratio': ratio}
+    words = (f'{k}={json.dumps(v) if ":" in str(v) else v}' for k, v in kwargs.items() if k != 'num_classes')
+    data = ['--num-classes', str(report['num_classes']), '--input-size', *map(str, report['input_size'])]
+    options = [name, *(['--pretrained'] if report['pretrained'] else []), *data, '--model-kwargs', *words]
+    return (f'The fastest keep ratio sure (95 %) to {limit}: {ratio}, {chosen["speed_up"]:.2f} times as fast as dense.'
+            f"\n\nIn Python:           {use}{ratio})\nFor timm's scripts:  --model {shlex.join(options)}")
 
 
 def plot(report: Dict[str, Any]) -> Any:
@@ -167,7 +169,8 @@ def plot(report: Dict[str, Any]) -> Any:
     low, high = np.array([row['lost_interval'] or (0., 0.) for row in rows]).T
     axis: Any = Figure(figsize=(7.2, 4.6), layout='constrained').add_subplot()
     axis.errorbar(speed, dense - lost, (high - lost, lost - low), fmt='o', label='keep ratio, 95 % interval')
-    axis.axhline(dense - report['max_drop'], color='0.3', ls='--', lw=1, label=f'{report["max_drop"]} points less')
+    axis.axhline(dense - report['max_drop'], color='0.3', ls='--', lw=1, label=f'--max-drop {report["max_drop"]}')
+    axis.margins(0.1)
     for row, x, y in zip(rows, speed, dense - lost):
         axis.annotate(f'{row["keep_ratio"]:g}', (x, y), (5, 5), textcoords='offset points')
     axis.set_title(f'{report["model"]}, {report["images"]} pictures', fontsize=10, wrap=True)
