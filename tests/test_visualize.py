@@ -5,7 +5,7 @@ import torch
 from helpers import build
 from PIL import Image
 
-from timm_evovit.tokens import SlowTokens
+from timm_evovit.slow_tokens import SlowTokens
 from timm_evovit.tools.cli import main
 from timm_evovit.tools.visualize import draw, find_images, visualize
 

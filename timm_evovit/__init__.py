@@ -7,7 +7,7 @@ import timm.models  # noqa: F401 first: where plugins load by themselves, it imp
 from .evo_deit import EvoVisionTransformer
 from .evo_levit import EvoLevit
 from .evo_vit import evolve
-from .tokens import find_slow_tokens
+from .slow_tokens import find_slow_tokens
 from .training import AssistedLoss
 
 __version__ = '0.1.0'

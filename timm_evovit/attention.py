@@ -19,7 +19,8 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 
-from .tokens import SlowTokens, as_fraction, at_least_float32, num_kept, take_tokens
+from .slow_tokens import SlowTokens
+from .tokens import as_fraction, at_least_float32, num_kept, take_tokens
 
 
 class Schedule(NamedTuple):

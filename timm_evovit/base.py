@@ -1,16 +1,13 @@
-"""What every evolving model shares: checks of arguments, the keep ratio, the arguments that are saved with it."""
+"""What every evolving model shares: checks of arguments, the keep ratio."""
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type, TypeGuard, Union
+from typing import Any, Iterator, Optional, Sequence, Tuple, Type, TypeGuard, Union
 
-import timm.models
 import torch
 from timm.layers.typing import disable_compiler
 from torch import distributed, nn
 
-NOT_MODEL_ARGS = (
-    'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args',
-    'pretrained_strict', 'weight_init')
+from .hub import SavedArgs
 
 
 def check(ok: bool, name: str, wanted: str, value: Any, error: Type[Exception] = ValueError) -> None:
@@ -82,11 +79,10 @@ def draw(count: int) -> int:
     return drawn[0]
 
 
-class EvolvingModel(nn.Module):
+class EvolvingModel(SavedArgs):
     """A model with slow-fast token evolution, to be inherited from before a model of timm.
 
-    It knows the arguments that it was built with. A model adds `_current_args`, those that timm's own methods may have
-    changed since, `_build_schedule`, which turns keep ratios, one per stage, into what its `run_blocks` takes, in
+    A model adds `_build_schedule`, which turns keep ratios, one per stage, into what its `run_blocks` takes, in
     training mode or not, and `forward_slow_tokens`, which returns the `SlowTokens` of images (B, in_chans, H, W), stage
     by stage.
     """
@@ -123,25 +119,6 @@ class EvolvingModel(nn.Module):
         self.keep_ratio = self._stage_ratios(keep_ratio, len(self.keep_ratio))
         self._remember_args(keep_ratio=self.keep_ratio)
         self._set_schedule()
-
-    @property
-    def model_args(self) -> Dict[str, Any]:
-        """Arguments that make `timm.create_model` build this model as it is now, not classes, device, drop rates.
-
-        timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them.
-        """
-        args = {**getattr(self, '_model_args', {}), **self._current_args()}
-        args = {k: v.item() if hasattr(v, 'item') else v for k, v in args.items()}  # numpy's cannot be saved
-        return {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS and not k.endswith('_rate')}
-
-    def _remember_args(self, **args: Any) -> None:
-        """Record arguments in the attribute in which newer versions of timm record and look for them."""
-        args = {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS}
-        self._model_args = {**getattr(self, '_model_args', {}), **args}
-
-    def push_to_hf_hub(self, repo_id: str, *, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> Any:
-        """Upload with timm's function of this name, `model_args` included; those given replace the model's own."""
-        return timm.models.push_to_hf_hub(self, repo_id, model_args={**self.model_args, **(model_args or {})}, **kwargs)
 
     def extra_repr(self) -> str:
         return f'keep_ratio={self.keep_ratio}'

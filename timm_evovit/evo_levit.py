@@ -16,7 +16,7 @@ from .base import check, check_flag, is_number
 from .checkpoints import levit_checkpoint_filter_fn as checkpoint_filter_fn
 from .checkpoints import rename_levit
 from .hub import build_model, entry_point, paper_cfg, resolve_weights
-from .tokens import SlowTokens
+from .slow_tokens import SlowTokens
 
 __all__ = ['EvoLevit']  # entry_point will add each model to this
 

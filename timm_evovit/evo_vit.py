@@ -19,7 +19,8 @@ from torch import nn
 from . import similarity
 from .base import EvolvingModel, check, check_ratios, check_stages, is_number
 from .hub import evo_cfg
-from .tokens import SlowTokens, as_fraction
+from .slow_tokens import SlowTokens
+from .tokens import as_fraction
 
 __all__ = ['EvolvingVit', 'evolve']
 
@@ -180,10 +181,7 @@ def _of_dense_model(name: str) -> property:
 
 
 class EvolvedVit(EvolvingVit):
-    """What `evolve` makes: another view of a dense model.
-
-    It has the modules, parameters, buffers and hooks of the dense model, not copies of them, and these attributes.
-    """
+    """What `evolve` makes: a view of a dense model, with its modules, parameters, buffers, hooks, these attributes."""
     dense_class: Type[nn.Module]
     training = _of_dense_model('training')
     grad_checkpointing = _of_dense_model('grad_checkpointing')

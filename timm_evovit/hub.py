@@ -1,11 +1,15 @@
-"""Configurations, weights and entry points of the paper's models."""
+"""Where weights come from, and the arguments that are saved beside them."""
 import os
 from dataclasses import replace
-from typing import Any, Callable, Dict, Type
+from typing import Any, Callable, Dict, Optional, Type
 
+import timm.models
 from timm.models import PretrainedCfg, build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import nn
 
+NOT_MODEL_ARGS = (
+    'device', 'dtype', 'cache_dir', 'num_classes', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args',
+    'pretrained_strict', 'weight_init')
 HUB_VARIABLE = 'TIMM_EVOVIT_HUB'
 PUBLISHED = {  # the authors' checkpoints: ImageNet-1k top-1 in the paper, file on Google Drive
     'evo_deit_tiny_patch16_224': (72.0, '1AL4uHGHvCoFXkrtHRgf4XmurgRs5-qab'),
@@ -20,6 +24,29 @@ PUBLISHED = {  # the authors' checkpoints: ImageNet-1k top-1 in the paper, file 
     'evo_levit_256_384': (81.1, '1MHHljQCzz-L6Sj18vq7QrQHhn4YvWjn8'),
     'evo_levit_384_384': (82.2, '1YzLPOLMLSymLzIdMqYol1HI7MwO35_7j'),
 }
+
+
+class SavedArgs(nn.Module):
+    """A model that knows its arguments. It adds `_current_args`, which timm's own methods may have changed since."""
+
+    @property
+    def model_args(self) -> Dict[str, Any]:
+        """Arguments that make `timm.create_model` build this model as it is now, not classes, device, drop rates.
+
+        timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them.
+        """
+        args = {**getattr(self, '_model_args', {}), **self._current_args()}
+        args = {k: v.item() if hasattr(v, 'item') else v for k, v in args.items()}  # numpy's cannot be saved
+        return {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS and not k.endswith('_rate')}
+
+    def _remember_args(self, **args: Any) -> None:
+        """Record arguments in the attribute in which newer versions of timm record and look for them."""
+        args = {k: v for k, v in args.items() if k not in NOT_MODEL_ARGS}
+        self._model_args = {**getattr(self, '_model_args', {}), **args}
+
+    def push_to_hf_hub(self, repo_id: str, *, model_args: Optional[Dict[str, Any]] = None, **kwargs: Any) -> Any:
+        """Upload with timm's function of this name, `model_args` included; those given replace the model's own."""
+        return timm.models.push_to_hf_hub(self, repo_id, model_args={**self.model_args, **(model_args or {})}, **kwargs)
 
 
 def evo_cfg(**kwargs: Any) -> Dict[str, Any]:

@@ -20,7 +20,8 @@ from timm.models import checkpoint
 from torch import nn
 from torch.nn import functional as F
 
-from .tokens import SlowTokens, at_least_float32, larger, num_kept, take_tokens
+from .slow_tokens import SlowTokens
+from .tokens import at_least_float32, larger, num_kept, take_tokens
 
 
 def falling_ratios(keep_ratio: float, starts: Sequence[int]) -> Tuple[float, ...]:

@@ -112,10 +112,7 @@ class PaperModel(EvolvingModel):
         self.assisted_training = enable
 
     def is_assisted(self) -> bool:
-        """Whether the class token is classified too: in training mode, unless its head is frozen.
-
-        A script that freezes everything but `get_classifier()` trains the averaged-patch head only.
-        """
+        """Whether the class token is classified too: in training mode, unless only `get_classifier()` is trained."""
         return self.training and self.head_cls is not None and any(p.requires_grad for p in self.head_cls.parameters())
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:

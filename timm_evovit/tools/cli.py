@@ -24,8 +24,6 @@ from .load import load_model
 from .sweep import choose, describe, plot, sweep, table
 from .visualize import find_images, visualize
 
-KEEP_RATIOS = (0.9, 0.7, 0.5, 0.3)  # that sweep measures by default
-
 
 def _create(args: argparse.Namespace) -> Any:
     """The model that the command line describes."""
@@ -87,7 +85,7 @@ def _sweep(args: argparse.Namespace) -> None:
     check(model.num_classes > 0, 'num_classes', '1 or more', model.num_classes)
     data, evolves = resolve_model_data_config(model), hasattr(model, 'set_keep_ratio')
     model = model if evolves else evolve(model)
-    args.keep_ratio = args.keep_ratio or model.train_keep_ratio or KEEP_RATIOS
+    args.keep_ratio = args.keep_ratio or model.train_keep_ratio or (0.9, 0.7, 0.5, 0.3)
     ratios = sorted({1., *args.keep_ratio}, reverse=True)
     for ratio in ratios:
         model.set_keep_ratio(ratio)  # a wrong one is refused before the work

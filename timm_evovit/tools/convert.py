@@ -36,10 +36,7 @@ def convert(
         name: str, checkpoint: Optional[Union[str, Path]], output: Union[str, Path], use_ema: bool = False,
         model_kwargs: Optional[Dict[str, Any]] = None,
 ) -> str:
-    """Convert a checkpoint of the authors or timm, by default the published one of the model `name`, to a new folder.
-
-    The folder is removed after an error. Returns what was dropped.
-    """
+    """Convert a checkpoint of the authors or timm, by default the published one, to a folder. Returns what it drops."""
     output = Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f'{output} exists and is not an empty folder, remove it or name another.')

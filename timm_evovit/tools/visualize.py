@@ -12,7 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from ..base import check
-from ..tokens import SlowTokens, find_slow_tokens
+from ..slow_tokens import SlowTokens, find_slow_tokens
 from .load import data_config
 
 PANEL, GAP, LINE = 224, 8, 18  # pixels: smallest height of a panel, space between panels, height of a line of text
