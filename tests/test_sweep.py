@@ -287,7 +287,7 @@ def test_choice(rows, max_drop, chosen):
 
 
 def test_too_few_pictures(command, digits):
-    """Nothing is lost at keep ratio 0.75, but 60 pictures cannot show it; more would."""
+    """Little can be lost at keep ratio 0.99, but 60 pictures cannot show it."""
     status, result, out, _ = command('evo_deit_tiny', digits, '--keep-ratio', 0.99)
     assert status == 0 and result['chosen'] == result['rows'][0] and 'with these 60 pictures' in out
 
