@@ -1,10 +1,14 @@
 """The layer-to-stage schedule under trainers other than timm's train.py."""
+import copy
+
 import pytest
 import timm
 import torch
 from helpers import FEW_BLOCKS, TINY, both_families, build, images_for, layerwise_phase
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+from timm_evovit import evolve
 
 EPOCHS, LAYERWISE = 4, 2
 
@@ -152,3 +156,26 @@ def test_accelerate():
             optimizer.step()
             optimizer.zero_grad()
     assert phases == [epoch < LAYERWISE for epoch in range(EPOCHS) for _ in range(2)]
+
+
+@torch.no_grad()
+def test_weights_offloaded_by_accelerate():
+    """Before `evolve` in both views, and afterwards in the one that is offloaded. Groups are those of the weights."""
+    accelerate = pytest.importorskip('accelerate', reason='accelerate is not installed')
+    torch.manual_seed(0)
+    dense = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=4, depth=4).eval()
+    for block in dense.blocks:
+        block.norm1.weight.normal_()
+    x = images_for(dense)
+    expected, evolved = dense(x), evolve(dense, 0.5)(x)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(dense))
+    view = evolve(offloaded, 0.5)
+    for model in (view, copy.deepcopy(view), evolve(view._evolved_from, 0.5)):
+        torch.testing.assert_close(model(x), evolved)
+    assert torch.equal(offloaded(x), expected) and next(view.parameters()).is_meta
+    accelerate.hooks.remove_hook_from_module(offloaded, recurse=True)
+    for model in (evolve(offloaded, 0.5), accelerate.cpu_offload(evolve(copy.deepcopy(dense), 0.5))):
+        torch.testing.assert_close(model(x), evolved)
+    offloaded.forward = accelerate.cpu_offload  # of somebody else, with hooks of accelerate around it
+    with pytest.raises(TypeError, match='attribute forward of the model replaces a method'):
+        evolve(accelerate.cpu_offload(offloaded), 0.5)

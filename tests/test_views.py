@@ -285,9 +285,9 @@ def with_other_blocks(kind=nn.Identity):
 
 
 @pytest.mark.parametrize('model, message', [
-    (with_forward, 'attribute forward that replaces'),
-    (with_other_blocks, 'blocks must be an nn.Sequential or nn.ModuleList .* got Identity'),
-    (lambda: with_other_blocks(type('Own', (nn.Sequential,), {'forward': len})), 'a forward of its own, got Own'),
+    (with_forward, 'attribute forward of the model replaces'),
+    (with_other_blocks, 'blocks must be a plain nn.Sequential or nn.ModuleList, got Identity'),
+    (lambda: with_other_blocks(type('Own', (nn.Sequential,), {'forward': len})), 'plain nn.Sequential or nn.ModuleList, got Own'),
     (lambda: WithoutSuper(**helpers.TINY), r'WithoutSuper.forward_features must call that of VisionTransformer by super'),
     (lambda: OwnLoop(**helpers.TINY), 'OwnLoop.forward_features must call .*, and not use self.blocks'),
     (lambda: OtherName(**helpers.TINY), 'OtherName.forward_features must call'),

@@ -96,15 +96,11 @@ class EvolvingModel(SavedArgs):
         drawn = (self._stage_ratios(ratio, len(self.keep_ratio)) for ratio in self.train_keep_ratio)
         self.elastic_schedules = [self._build_schedule(ratios, True) for ratios in drawn]
 
-    @property
-    def schedule(self) -> Any:
-        return self.training_schedule if self.training else self.eval_schedule
-
     def _draw_schedule(self, x: Any) -> Any:
         """The schedule of a forward pass. Graphs that are traced or exported have that of `keep_ratio`."""
         traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
         if not (self.training and self.elastic_schedules) or traced:
-            return self.schedule
+            return self.training_schedule if self.training else self.eval_schedule
         return self.elastic_schedules[draw(len(self.elastic_schedules))]
 
     def _stage_ratios(self, keep_ratio: Union[float, Sequence[float]], num_stages: int) -> Tuple[float, ...]:

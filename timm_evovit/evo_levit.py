@@ -276,14 +276,15 @@ class EvoLevit(training.PaperModel, levit.LevitDistilled):
             # statistics, though, are less exact in this format. vmap takes permute, but no memory formats
             x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         x = self.stem(x).flatten(2).transpose(1, 2)
-        cls_token, tradeoff = self.cls_token, [self.fixed_tradeoff] * len(self.schedule.stage_keep_ratio)
+        cls_token, schedule = self.cls_token, self._draw_schedule(x)
+        tradeoff: Any = [self.fixed_tradeoff] * len(schedule.stage_keep_ratio)
         if self.tradeoff is not None:
             if not (self.training and self.layerwise_epochs):
                 tradeoff = self.tradeoff.sigmoid()
             if self.training:  # a gradient, of zero, even where no selection depends on a tradeoff
                 cls_token = cls_token + 0. * self.tradeoff.sum()
         x = torch.cat([cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-        return x, EvolutionState(self.schedule, tradeoff, 1, self.representative_token, self.grad_checkpointing)
+        return x, EvolutionState(schedule, tradeoff, 1, self.representative_token, self.grad_checkpointing)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Image (B, in_chans, H, W) to tokens (B, 1 + n, C) of the last stage, the class token first."""

@@ -25,6 +25,7 @@ from .tokens import as_fraction
 __all__ = ['EvolvingVit', 'evolve']
 
 EVOLUTION_ARGS = ('keep_ratio', 'stages', 'train_keep_ratio')
+FORWARDS = {'forward', 'forward_features', 'forward_intermediates'}
 OLD_ARGS = dict(  # of class attention, in folders that were saved when `evolve` had them
     slow_tokens='similarity', representative_token=False, tradeoff=None, selection='stage', layer_to_stage_epochs=0)
 
@@ -277,9 +278,9 @@ def evolved_class(cls: Any) -> Type[EvolvedVit]:
     if cls is dense_class:
         return EVOLVED[cls]
     own = {k: v for base in cls.__mro__[cls.__mro__.index(dense_class) - 1::-1] for k, v in vars(base).items()}
-    for name in sorted({'forward', 'forward_features', 'forward_intermediates'} & {*own}):
+    for name in sorted(FORWARDS & own.keys()):
         names = _names_used(name, own)
-        others = {'forward_features', 'forward_intermediates'} if name == 'forward' else set()
+        others = FORWARDS - {name} if name == 'forward' else set()
         reaches = {'super', name} <= names or names & others
         if not reaches or 'blocks' in names or dense_class.__name__ in names:
             raise TypeError(
@@ -308,16 +309,13 @@ def _blank(dense_class: Any) -> Any:
 
 def check_can_evolve(model: nn.Module) -> None:
     """Raise TypeError if the model would not run its blocks on groups of tokens, or the blocks cannot run on them."""
-    for name in ('forward', 'forward_features', 'forward_intermediates'):
-        if name in vars(model):
-            raise TypeError(
-                f'The model has an attribute {name} that replaces the method of {type(model).__name__}, as hooks of '
-                f'accelerate do: evolve the model before.')
+    for name in sorted(FORWARDS):
+        own = getattr(type(model), name).__get__(model)
+        if vars(model).get('_old_forward' if name == 'forward' and '_hf_hook' in vars(model) else name, own) != own:
+            raise TypeError(f'The attribute {name} of the model replaces a method of its class: evolve it before that.')
     kinds = [kind for kind in (nn.Sequential, nn.ModuleList) if isinstance(model.blocks, kind)]
     if not kinds or type(model.blocks).forward is not kinds[0].forward:
-        raise TypeError(
-            'blocks must be an nn.Sequential or nn.ModuleList without a forward of its own, got '
-            f'{type(model.blocks).__name__}.')
+        raise TypeError(f'blocks must be a plain nn.Sequential or nn.ModuleList, got {type(model.blocks).__name__}.')
     wanted = {'attn_mask'} if getattr(model, 'rope', None) is None else {'attn_mask', 'rope'}
     for i, block in enumerate(model.blocks):
         signature = inspect.signature(block.forward)
@@ -360,11 +358,15 @@ def evolve(
         raise TypeError(f'{type(model).__name__} evolves already; set_keep_ratio changes how many patches it keeps.')
     evolved = _blank(type(model))
     check_can_evolve(model)
-    vars(evolved).update(vars(model), _evolved_from=model, _compiled_call_impl=None)
+    shared = {k: v for k, v in vars(model).items() if k not in {'_compiled_call_impl', '_old_forward', *FORWARDS}}
+    vars(evolved).update(shared, _evolved_from=model, _compiled_call_impl=None)
+    if '_hf_hook' in shared:  # accelerate replaces `forward` by one that runs the hook, then `_old_forward`
+        evolved._old_forward = evolved.forward
+        evolved.forward = functools.partial(model.forward.func, evolved)
     evolved._init_stages(keep_ratio, stages, train_keep_ratio)
     evolved._truncate_to_depth()
-    for name, value in vars(model).items():
-        if vars(evolved)[name] is not value and name != '_compiled_call_impl':
+    for name, value in shared.items():
+        if vars(evolved)[name] is not value:
             raise TypeError(f'The model has an attribute {name}, which evolve needs for itself: rename it.')
     cfg = getattr(model, 'pretrained_cfg', None)
     if cfg and cfg.get('architecture'):  # saved, it comes back as an `evo_vit`

@@ -37,7 +37,8 @@ def falling_ratios(keep_ratio: float, starts: Sequence[int]) -> Tuple[float, ...
 def channel_weight(block: nn.Module) -> Any:
     """Weight (C,) of the norm that is the first layer of a block, None if another layer is."""
     first: Any = next((m for m in block.modules() if m._parameters and not m._modules), nn.Identity())
-    weight = first._parameters.get('weight')
+    offloaded = getattr(getattr(first, '_hf_hook', None), 'weights_map', None)  # by accelerate
+    weight = (offloaded or first._parameters).get('weight')
     if weight is None or weight.ndim != 1:
         return None
     return weight.full_tensor() if hasattr(weight, 'full_tensor') else weight  # whole, if the model is sharded
@@ -155,7 +156,7 @@ def group_tokens(
         count = valid.sum(dim=1, keepdim=True)
         joins = position[:num_rows] < count - (num_valid * keep_ratio[0] // keep_ratio[1]).clamp_min(1)
     patches = patches.to(dtype)
-    # not a weight that is offloaded, or that of a norm inside attention
+    # not the weight of a norm inside attention
     if channel_weight is not None and channel_weight.shape[0] == C and channel_weight.is_meta == x.is_meta:
         patches = patches * channel_weight.detach().to(patches)
     partner, cost = match_tokens(patches, counts, valid)
