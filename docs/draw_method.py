@@ -36,7 +36,7 @@ def photo():
     groups.join(groups.join(tokens, (1, 2), None), (5, 12), None)
     centres = ((2.0, 2.0), (4.6, 2.1), (3.5, 4.1), (1.6, 0.6))  # eyes, nose, ear
     attention = sum(np.exp(-((x - a) ** 2 + (y - b) ** 2) / 1.6) for a, b in centres)
-    return patches, groups.slow_idx[0].numpy(), attention
+    return patches, groups.slow_tokens(0).groups[0].numpy(), attention
 
 
 def draw(name, titles, captions, patches, divided, groups, edges, tokens):

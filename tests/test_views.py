@@ -371,7 +371,8 @@ def test_no_patch_is_lost_where_all_are_on_one_side_of_the_matching():
     for ratio, weights in (((1, 2), [1, 1, 1, 1, 1, 0]), ((1, 4), None)):
         x = groups.join(x, ratio, None)
         assert weights in (None, groups.weights[0, 0].tolist()) and groups.weights.sum() == 2 * 5
-        assert not set(groups.slow_idx[keys[:, 0, 0]].tolist()) & set(groups.slow_idx[~keys[:, 0, 0]].tolist())
+        slow_idx = groups.slow_tokens(0).groups
+        assert not set(slow_idx[keys[:, 0, 0]].tolist()) & set(slow_idx[~keys[:, 0, 0]].tolist())
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ Sequences are prefix tokens (class token first), then patch tokens in raster ord
 which P (`num_prefix_tokens`) are prefix tokens, n = N - P patches, C channels.
 """
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -56,11 +56,12 @@ def checkerboard(position: torch.Tensor, width: int) -> torch.Tensor:
 
 def product(a: torch.Tensor, b: torch.Tensor, base: Optional[torch.Tensor] = None) -> torch.Tensor:
     """a @ b, (B, n, m) and (B, m, C), with autocast off. It is added to `base` (B, n, C), in place, if there is one."""
-    # torch.export would guard the sizes of a @ b
-    if torch.jit.is_scripting():  # its autocast takes a constant device only
-        return a.bmm(b) if base is None else base.baddbmm_(a, b)
-    with torch.autocast('cpu' if a.is_meta else a.device.type, enabled=False):  # meta has none
-        return a.bmm(b) if base is None else base.baddbmm_(a, b)
+    if not torch.jit.is_scripting():  # its autocast takes a constant device only
+        device = 'cpu' if a.is_meta else a.device.type  # meta has no autocast
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return product(a, b, base)
+    return a.bmm(b) if base is None else base.baddbmm_(a, b)  # torch.export would guard the sizes of a @ b
 
 
 def take_and_add(x: torch.Tensor, token_idx: torch.Tensor, adds: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
@@ -172,14 +173,14 @@ def group_tokens(
         joins = joins & (cost < math.inf)
         kept = torch.where(joins | ~valid[:, ::2].gather(1, order), N, even)
         odd = F.pad(torch.where(valid[:, 1::2], odd, N), [0, 2], value=float(N))
-    rows = position[:(n + 1) // 2][:num_rows]
+    M = P + num_groups
+    rows, groups = position[:(n + 1) // 2][:num_rows], position[:M]
     # copies: torch.export would guard the sizes of slices
     order, even, cost, joins = [a.index_select(1, rows) for a in [order, even, cost, joins]]
     joined_idx = torch.where(joins, even, N)
-    M = P + num_groups
     members = torch.cat([position[:P].expand(B, P), kept, odd], dim=1).sort(dim=1).values
-    member_idx = members.index_select(1, position[:M])
-    slow_idx = torch.full_like(position[:1], M - 1).repeat(B, N + 1).scatter(1, member_idx, position[:M].expand(B, M))
+    member_idx = members.index_select(1, groups)
+    slow_idx = groups[-1:].repeat(B, N + 1).scatter(1, member_idx, groups.expand(B, M))
     other_idx = place[partner.gather(1, order)]
     target_idx = slow_idx.gather(1, other_idx)
     slow_idx = slow_idx.scatter(1, joined_idx, target_idx)[:, :N]
@@ -194,8 +195,8 @@ def group_tokens(
     # half precision would lose a part in a large group
     token, other = take_tokens(x, torch.cat([even, other_idx], dim=1)).to(dtype).tensor_split(2, dim=1)
     difference = token - other
-    change = share * difference + shorter * other
-    slow = take_and_add(x, member_idx, position[:M].unsqueeze(1) == target_idx.unsqueeze(1), change)
+    change = torch.addcmul(share * difference, shorter, other)
+    slow = take_and_add(x, member_idx, groups.unsqueeze(1) == target_idx.unsqueeze(1), change)
     restoration = torch.cat([difference, -change], dim=1)
     return slow, slow_weights, Grouping(slow_idx, member_idx, joined_idx, target_idx, restoration)
 
@@ -218,8 +219,9 @@ def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
     """Rotary embeddings (B, heads or 1, M, d), by index (B, M), of (B or 1, heads or 1, n, d) or fewer dimensions."""
     while rope.ndim < 4:
         rope = rope.unsqueeze(0)
-    rows = rope.transpose(1, 2).flatten(2).expand(patch_idx.shape[0], -1, -1)
-    return take_tokens(rows, patch_idx).unflatten(2, (rope.shape[1], rope.shape[3])).transpose(1, 2)
+    rows = rope.transpose(1, 2).flatten(2)
+    taken = F.embedding(patch_idx, rows[0]) if rope.shape[0] == 1 else take_tokens(rows, patch_idx)
+    return taken.unflatten(2, (rope.shape[1], rope.shape[3])).transpose(1, 2)
 
 
 class TokenGroups:
@@ -240,9 +242,8 @@ class TokenGroups:
         self.num_patches = x.shape[1] - num_prefix_tokens
         self.width = None if grid_size is None else grid_size[1]
         self.groupings: List[Grouping] = []
-        self.slow_idx: Optional[torch.Tensor] = None  # (B, N) slow token of each token of the complete sequence
         self.member_idx: Optional[torch.Tensor] = None  # (B, M) token of the complete sequence of each slow token
-        self.weights: Optional[torch.Tensor] = None  # (B, 1, M) patches of each token; with a mask, weights as keys too
+        self.weights: Any = None  # tensor (B, 1, M), patches of each token; with a mask, weights as keys too
         self.num_valid: Optional[torch.Tensor] = None  # (B, 1) patches of each image, without padding
         if key_mask is not None:
             keys = key_mask.to(at_least_float32(x))
@@ -258,10 +259,8 @@ class TokenGroups:
         x, self.weights, grouping = group_tokens(
             x, self.weights, self.num_prefix_tokens, self.num_patches, keep_ratio, self.num_valid, channel_weight,
             None if self.groupings else self.width)
-        slow_idx, member_idx = grouping.slow_idx, grouping.member_idx
-        if self.slow_idx is not None and self.member_idx is not None:
-            slow_idx, member_idx = slow_idx.gather(1, self.slow_idx), self.member_idx.gather(1, member_idx)
-        self.slow_idx, self.member_idx = slow_idx, member_idx
+        idx = grouping.member_idx
+        self.member_idx = idx if self.member_idx is None else self.member_idx.gather(1, idx)
         self.groupings.append(grouping)
         return x
 
@@ -276,7 +275,7 @@ class TokenGroups:
 
         It is the number of patches that share the slow token (ToMe section 3, 'proportional attention').
         """
-        weights: Any = self.weights
+        weights = self.weights
         if self.num_valid is None:
             logarithm = weights.log()
         else:
@@ -288,9 +287,9 @@ class TokenGroups:
 
     def slow_tokens(self, block: int) -> SlowTokens:
         """The groups of patches (B, n) that `block` is the first to run on."""
-        P, slow_idx, weights = self.num_prefix_tokens, self.slow_idx, self.weights
-        assert slow_idx is not None and weights is not None
-        return SlowTokens(block, (weights[:, 0].gather(1, slow_idx) == 1)[:, P:], slow_idx[:, P:] - P, None)
+        P = self.num_prefix_tokens
+        slow_idx = reduce(lambda idx, next_idx: next_idx.gather(1, idx), (g.slow_idx for g in self.groupings))
+        return SlowTokens(block, (self.weights[:, 0].gather(1, slow_idx) == 1)[:, P:], slow_idx[:, P:] - P, None)
 
     def take_rope(self, rope: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of the patches as timm's blocks take it to that of the slow tokens.
@@ -356,7 +355,7 @@ def run_blocks(
                     ratio = stages[i]
                 x = groups.join(x, ratio, channel_weight(block))
             args = dense_args
-            if groups.slow_idx is not None:
+            if groups.groupings:
                 args = {**dense_args, 'attn_mask': groups.attn_mask(x)}
                 if slow_tokens is not None:
                     slow_tokens.append(groups.slow_tokens(i))
