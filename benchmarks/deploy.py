@@ -11,7 +11,6 @@ dense or grouped by similarity. Pairs are patches that share a slow token at the
 """
 import argparse
 import copy
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -20,15 +19,13 @@ import accuracy
 import harness
 import timm
 import torch
+from speed import export_onnx
 from timm.utils import reparameterize_model
 from torch import nn
 from without_training import compare
 from without_training import load as load_checkpoint
 
 from timm_evovit import evolve
-
-sys.path.insert(0, str(Path(__file__).parent.parent / 'examples'))
-import export_onnx  # noqa: E402
 
 DENSE = 'deit_small_patch16_224', 'vit_base_patch16_224', 'vit_small_patch16_dinov3', 'levit_256'
 MODELS: Dict[str, Dict[str, Any]] = {  # by the names of their files

@@ -71,10 +71,7 @@ class Scenes:
 
 
 class MergedMaps(nn.Module):
-    """Maps of a model that merges tokens by ToMe, complete: each patch gets the token that it was merged into.
-
-    Without `trace` some token takes its place, which saves the time of finding the right one.
-    """
+    """Complete maps of a model that merges tokens by ToMe; without `trace`, of tokens in any place."""
     trace = True
 
     def __init__(self, model: nn.Module, out_indices: Sequence[int]) -> None:

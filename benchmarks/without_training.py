@@ -13,6 +13,7 @@ import copy
 import importlib
 import sys
 import types
+from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 from unittest import mock
@@ -174,39 +175,44 @@ def compare(found: torch.Tensor, dense: torch.Tensor, labels: torch.Tensor) -> D
                 kl=divergence.mean().item(), kl_error=divergence.std().item() / len(lost) ** 0.5)
 
 
-def finetune(model: nn.Module, data: accuracy.Data, report: Row, settings: argparse.Namespace) -> None:
-    """Train a model for more epochs from its checkpoint, with the batches that all models get."""
-    updates_per_epoch = len(data[1]) // settings.batch_size
-    trainer = accuracy.Trainer(model, updates_per_epoch, settings)
+def finetune(model: nn.Module, teacher: Optional[nn.Module], data: accuracy.Data, report: Row, settings: Any) -> None:
+    """Train more epochs by labels or by the predictions of a teacher, with the batches that all models get."""
+    trainer = accuracy.Trainer(model, len(data[1]) // settings.batch_size, settings)
+    epochs = range(len(report['top1']), len(report['top1']) + settings.epochs)
+    batches = chain.from_iterable(accuracy.batches(*data, epoch, report['seed'], settings) for epoch in epochs)
     torch.manual_seed(report['seed'])
-    for epoch in range(settings.epochs):
-        batches = accuracy.batches(*data, len(report['top1']) + epoch, report['seed'], settings)
-        for update, (batch, target) in enumerate(batches, epoch * updates_per_epoch):
-            trainer.scheduler.step_update(update)
-            trainer.step(epoch, accuracy.normalize(batch), target)
+    for update, (batch, target) in enumerate(batches):
+        trainer.scheduler.step_update(update)
+        images = accuracy.normalize(batch)
+        if teacher is not None:
+            trainer.criterion = nn.CrossEntropyLoss()
+            with torch.no_grad(), trainer.autocast():
+                target = teacher(images).float().softmax(1)
+        trainer.step(0, images, target)
 
 
 def measure_accuracy(checkpoint: Path, args: argparse.Namespace) -> Iterator[Row]:
-    """Of the dense model and each method, after --finetune more epochs."""
+    """Of the dense model and each method, after --finetune more epochs. All are compared with the checkpoint."""
     dense, report, settings = load(checkpoint, args)
     vars(settings).update(epochs=args.finetune, lr=3e-4, warmup_epochs=0)
     images, labels = accuracy.load_pictures('validation', settings)
+    expected, models = predict(dense, images), methods(dense, args)
     if args.finetune:
         set_fused_attn(not settings.no_fused_attn)
-        dense, *_ = load(checkpoint, args)
+        models = methods(load(checkpoint, args)[0], args)
+        models.update({f'{k}, self-distilled': m for k, m in models.items() if k.startswith('similarity')})
+        models['elastic, self-distilled'] = evolve(models['dense'], train_keep_ratio=accuracy.ELASTIC)
         train = accuracy.load_pictures('train', settings)
-    name, expected = checkpoint.name.rpartition('-')[0], None
-    for method, model in methods(dense, args).items():
-        found = predict(model, images)
-        row = dict(model=name, method=method, share=share(model, dense), images=len(labels))
+    for method, model in models.items():
+        row = dict(model=checkpoint.name.rpartition('-')[0], epochs=args.finetune, images=len(labels))
         if args.finetune:
-            before = 100 * (found.argmax(dim=1) == labels).double().mean().item()
-            row.update(before=before, epochs=settings.epochs, lr=settings.lr)
             model = copy.deepcopy(model)  # evolve shares its parameters with the model that it returns
-            finetune(model, train, report, settings)
-            found = predict(model.eval(), images)
-        expected = found if expected is None else expected
-        yield {**row, **compare(found, expected, labels)}
+            finetune(model, dense if 'distilled' in method else None, train, report, settings)
+        for ratio in getattr(model, 'train_keep_ratio', ()) or (None,):
+            if ratio is not None:
+                model.set_keep_ratio(ratio)
+            row.update(method=method.replace('elastic', f'elastic {ratio}'), share=share(model, dense))
+            yield {**row, **compare(predict(model.eval(), images), expected, labels)}
 
 
 def measure_speed(dense: nn.Module, name: str, batch_size: int, args: argparse.Namespace) -> Iterator[Row]:
