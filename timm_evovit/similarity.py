@@ -64,12 +64,21 @@ def product(a: torch.Tensor, b: torch.Tensor, base: Optional[torch.Tensor] = Non
     return a.bmm(b) if base is None else base.baddbmm_(a, b)  # torch.export would guard the sizes of a @ b
 
 
-def take_and_add(x: torch.Tensor, token_idx: torch.Tensor, adds: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """Take tokens of x (B, N, C) by index (B, M), and add to each the rows of `update` (B, R, C) where `adds` is True.
-
-    `adds` is (B, M, R). A product is faster than scatter_add for few tokens.
-    """
-    return product(adds.to(update.dtype), update, take_tokens(x, token_idx).to(update.dtype)).to(x.dtype)
+@torch.fx.wrap
+def take_and_add(x: torch.Tensor, token_idx: torch.Tensor, row_idx: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """Take tokens of x (B, N, C) by index (B, M), and add rows of `update` (B, R, C) to those at `row_idx` (B, R)."""
+    taken = take_tokens(x, token_idx).to(update.dtype)
+    B, M, C = taken.shape
+    by_product = x.device.type != 'cpu'  # which is deterministic on a GPU too
+    if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        by_product = True  # faster than what compilers and exporters make of the sum
+    if by_product:
+        adds = torch.arange(M, device=x.device).unsqueeze(1) == row_idx.unsqueeze(1)
+        taken = product(adds.to(update.dtype), update, taken)
+    else:
+        rows = row_idx + M * torch.arange(B).unsqueeze(1)
+        taken.view(B * M, C).index_add_(0, rows.flatten(), update.flatten(0, 1))
+    return taken.to(x.dtype)
 
 
 @torch.fx.wrap
@@ -103,12 +112,15 @@ def match_tokens(
 
 
 class Grouping(NamedTuple):
-    """How one round of matching divides a sequence: up to R tokens are joined to others."""
+    """How one round of matching divides a sequence: up to R tokens are joined to others.
+
+    It is undone by `take_and_add(slow tokens, slow_idx, changed_idx, restoration)`, after any number of blocks: each
+    token gets what they have added to its slow token.
+    """
     slow_idx: torch.Tensor  # (B, N) slow token of each token
     member_idx: torch.Tensor  # (B, M) for each slow token the token that others are joined to
-    joined_idx: torch.Tensor  # (B, R) tokens that are joined to another, N where there are fewer
-    target_idx: torch.Tensor  # (B, R) slow tokens that they are joined to
-    restoration: torch.Tensor  # (B, 2 * R, C) token - other token, then minus what was added to the slow token
+    changed_idx: torch.Tensor  # (B, 2 * R) tokens that are joined, and those that they are joined to
+    restoration: torch.Tensor  # (B, 2 * R, C) what a slow token lacks to these, 0 where fewer are joined
 
 
 @torch.fx.wrap
@@ -193,34 +205,22 @@ def group_tokens(
     # a mean is shorter than its tokens. To first order in their distance, this is the part that is lost
     shorter = (part * cost.clamp_max(num_patches)).unsqueeze(2)
     # half precision would lose a part in a large group
-    token, other = take_tokens(x, torch.cat([even, other_idx], dim=1)).to(dtype).tensor_split(2, dim=1)
-    difference = token - other
-    change = torch.addcmul(share * difference, shorter, other)
-    slow = take_and_add(x, member_idx, groups.unsqueeze(1) == target_idx.unsqueeze(1), change)
-    restoration = torch.cat([difference, -change], dim=1)
-    return slow, slow_weights, Grouping(slow_idx, member_idx, joined_idx, target_idx, restoration)
-
-
-@torch.fx.wrap
-def ungroup_tokens(
-        x: torch.Tensor, slow_idx: torch.Tensor, joined_idx: torch.Tensor, target_idx: torch.Tensor,
-        restoration: torch.Tensor) -> torch.Tensor:
-    """Undo a `Grouping` after any number of blocks: slow tokens x (B, M, C) to the sequence (B, N, C) before it.
-
-    Each token gets what the blocks added to its slow token.
-    """
-    position = torch.arange(slow_idx.shape[1], device=x.device).unsqueeze(1)
-    adds = [position == joined_idx.unsqueeze(1), slow_idx.unsqueeze(2) == target_idx.unsqueeze(1)]
-    return take_and_add(x, slow_idx, torch.cat(adds, dim=2), restoration)
+    changed_idx = torch.cat([even, other_idx], dim=1)
+    token, other = take_tokens(x, changed_idx).to(dtype).tensor_split(2, dim=1)
+    change = torch.addcmul(share * (token - other), shorter, other)
+    slow = take_and_add(x, member_idx, target_idx, change)
+    restoration = torch.cat([(token - take_tokens(slow, target_idx)) * joins.unsqueeze(2), -change], dim=1)
+    return slow, slow_weights, Grouping(slow_idx, member_idx, changed_idx, restoration)
 
 
 @torch.fx.wrap
 def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
     """Rotary embeddings (B, heads or 1, M, d), by index (B, M), of (B or 1, heads or 1, n, d) or fewer dimensions."""
+    for_all = rope.ndim < 4
     while rope.ndim < 4:
         rope = rope.unsqueeze(0)
     rows = rope.transpose(1, 2).flatten(2)
-    taken = F.embedding(patch_idx, rows[0]) if rope.shape[0] == 1 else take_tokens(rows, patch_idx)
+    taken = F.embedding(patch_idx, rows[0]) if for_all else take_tokens(rows.expand(len(patch_idx), -1, -1), patch_idx)
     return taken.unflatten(2, (rope.shape[1], rope.shape[3])).transpose(1, 2)
 
 
@@ -266,8 +266,8 @@ class TokenGroups:
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Slow tokens (B, M, C), after any number of blocks, to the complete sequence (B, N, C) in raster order."""
-        for slow_idx, _, joined_idx, target_idx, restoration in reversed(self.groupings):
-            x = ungroup_tokens(x, slow_idx, joined_idx, target_idx, restoration)
+        for slow_idx, _, changed_idx, restoration in reversed(self.groupings):
+            x = take_and_add(x, slow_idx, changed_idx, restoration)
         return x
 
     def attn_mask(self, x: torch.Tensor) -> torch.Tensor:

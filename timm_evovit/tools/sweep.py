@@ -19,10 +19,7 @@ from ..base import check
 
 def multiply_adds(model: Callable[..., Any], images: Tensor) -> int:
     """Multiply-adds of a call, attention counted as matrix products."""
-    def in_place(base: Any, a: Any, b: Any, **kwargs: Any) -> int:  # PyTorch counts only that which is not
-        return 2 * math.prod(a) * b[2]
-
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place})
+    counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(images)
     return counter.get_total_flops() // 2
