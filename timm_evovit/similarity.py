@@ -219,8 +219,9 @@ def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
     for_all = rope.ndim < 4
     while rope.ndim < 4:
         rope = rope.unsqueeze(0)
-    rows = rope.transpose(1, 2).flatten(2).expand(patch_idx.shape[0], -1, -1)
-    taken = F.embedding(patch_idx, rows[0]) if for_all else take_tokens(rows, patch_idx)
+    rows = rope.transpose(1, 2).flatten(2)
+    taken = F.embedding(patch_idx, rows[0]) if for_all else take_tokens(
+        rows.expand(patch_idx.shape[0], -1, -1), patch_idx)
     return taken.unflatten(2, (rope.shape[1], rope.shape[3])).transpose(1, 2)
 
 
