@@ -312,9 +312,9 @@ TABLES: Dict[str, Callable[[List[Row]], str]] = {
         'points lost': lambda r: f"{r['dense']['mean_iou'] - r['mean_iou']:.2f}" if r['model'] != r['baseline'] else '',
         'speed-up': '{speed_up:.2f}'}, key=itemgetter('model')),
     'finetuned': partial(measured, {
-        'method': '{method}', 'share of multiply-adds': '{share:.3f}', 'top-1 %, before': '{before:.2f}',
-        'fine-tuned': '{top1:.2f}', 'points lost to dense, fine-tuned': lambda r: (
-            LOST.format_map(r) if r['method'] != 'dense' else '')}, key=itemgetter('method')),
+        'method': '{method}', 'share of multiply-adds': '{share:.3f}', 'top-1 %, fine-tuned': '{top1:.2f}',
+        'points lost to the dense model before': LOST, 'divergence from it, thousandths': '{kl:.1f}'},
+        key=itemgetter('method')),
     'photographs': partial(measured, {  # of features, the ratio of the means and the geometric mean over the pictures
         'method': '{method}', 'share of multiply-adds': '{share:.3f}',
         **{header: lambda r, key=key: f"{r[f'{key}, of ToMe']:.2f}, {r[f'{key}, geometric']:.2f} ± "
