@@ -32,7 +32,6 @@ from timm_evovit import AssistedLoss
 Data = Tuple[torch.Tensor, torch.Tensor]  # pictures and labels
 DEIT, EVO_DEIT = 'deit_tiny_patch16_224', 'evo_deit_tiny_patch16_224'
 SIMILARITY = {'slow_tokens': 'similarity', 'global_pool': 'token'}
-AVERAGE = {'slow_tokens': 'similarity', 'global_pool': 'avg', 'assisted_cls': False, 'keep_ratio': 0.6}
 ELASTIC = (0.3, 0.4, 0.5, 0.7, 1.0)
 VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'dense': (DEIT, {}, "timm's DeiT, class token readout"),
@@ -43,7 +42,6 @@ VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'evo-layer-to-stage': (EVO_DEIT, {}, 'Evo-DeiT, layer-to-stage training, assisted loss'),
     'evo-representative': (EVO_DEIT, {'representative_token': True}, 'Evo-DeiT, stage-wise, representative token'),
     'evo-similarity': (EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.6}, 'Evo-DeiT, like patches share a slow token'),
-    'evo-similarity-avg': (EVO_DEIT, AVERAGE, 'evo-similarity with average readout, no assisted loss'),
     'evo-elastic': (
         EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.4, 'train_keep_ratio': ELASTIC},
         'evo-similarity trained at five keep ratios, and evaluated at each'),
