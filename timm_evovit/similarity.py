@@ -83,32 +83,29 @@ def take_and_add(x: torch.Tensor, token_idx: torch.Tensor, row_idx: torch.Tensor
 
 @torch.fx.wrap
 def match_tokens(
-        tokens: torch.Tensor, sizes: torch.Tensor, valid: Optional[torch.Tensor] = None,
+        tokens: torch.Tensor, others: torch.Tensor, sizes: torch.Tensor, other_sizes: torch.Tensor, padded: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Bipartite matching (ToMe section 3): every second token finds its partner of lowest cost among the others.
+    """Bipartite matching (ToMe section 3): each token finds its partner of lowest cost among the others.
 
     The cost of joining two tokens is Ward's (https://doi.org/10.1080/01621459.1963.10500845) for vectors of length
     one: their cosine distance times `size * other_size / (size + other_size)`, so large groups are joined last.
 
     Args:
-        tokens: (B, n, C), in float32 at least.
-        sizes: Number of patches that each token stands for, (B, n).
-        valid: Tokens that are no padding, (B, n), None for all. Padding has an infinite cost.
+        tokens, others: (B, n, C) and (B, m, C), in float32 at least.
+        sizes, other_sizes: Number of patches that each stands for, (B, n) and (B, m).
+        padded: Those of size 0 are padding, which has an infinite cost.
 
-    Returns for every second token, (B, (n + 1) // 2), the position of the other one of lowest cost, and the cost.
+    Returns for each token the position of its partner, (B, n), and the cost.
     """
-    B, n, _ = tokens.shape
-    length = torch.linalg.vector_norm(tokens, dim=2, keepdim=True).clamp_min(1e-6)
-    even, odd = tokens[:, ::2], tokens[:, 1::2].transpose(1, 2)
-    cosine = product(even, odd) / length[:, ::2] / length[:, 1::2].transpose(1, 2)
-    parts = sizes.clamp_min(1).reciprocal().unsqueeze(2)
-    cost = (1 - cosine) / (parts[:, ::2] + parts[:, 1::2].transpose(1, 2))
-    if valid is not None:
-        cost = cost.masked_fill(~valid[:, 1::2].unsqueeze(1), math.inf)
-    lowest, partner = F.pad(cost, [0, 1], value=math.inf).min(dim=2)  # over one extra column: min fails on none
-    if valid is not None:
-        lowest = lowest.masked_fill(~valid[:, ::2], math.inf)
-    return (2 * partner + 1).clamp_max(n - 1), lowest
+    length, other_length = [torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(1e-6) for x in [tokens, others]]
+    cost = 1 - product(tokens, others.transpose(1, 2)) / length / other_length.transpose(1, 2)
+    cost = cost / (sizes.reciprocal().unsqueeze(2) + other_sizes.reciprocal().unsqueeze(1))
+    if padded:
+        cost = cost.masked_fill((sizes == 0).unsqueeze(2) | (other_sizes == 0).unsqueeze(1), math.inf)
+    if not isinstance(others.shape[1], int):
+        cost = F.pad(cost, [0, 1], value=math.inf)  # torch.export would guard against no column
+    lowest, partner = cost.min(dim=2)
+    return partner, lowest
 
 
 class Grouping(NamedTuple):
@@ -151,65 +148,65 @@ def group_tokens(
     dtype = at_least_float32(x)
     if weights is None:
         weights = torch.ones_like(x[:, :, 0], dtype=dtype).unsqueeze(1)
-    sizes = weights[:, 0]
-    position = torch.arange(N + 2, device=x.device)
-    place, patches, counts = position[P:N], x.detach()[:, P:], sizes[:, P:]  # in turn of either side
-    if width is not None:
-        place = P + checkerboard(position[:n], width)
-        patches, counts = x.detach().index_select(1, place), sizes.index_select(1, place)
-    valid: Optional[torch.Tensor] = None
-    if num_valid is None:
-        num_groups = num_kept(num_patches, keep_ratio)
-        num_rows = larger(2, n - num_groups)  # none may be joined, and torch.export would guard sizes of 0 and 1
-        joins = (position[:(n + 1) // 2] < n - num_groups).unsqueeze(0)
-    else:
-        num_groups = 2 + num_kept(num_patches, keep_ratio)  # that of padding, and patches that are all on one side
-        num_rows = (n + 1) // 2
-        valid = counts > 0
-        count = valid.sum(dim=1, keepdim=True)
-        joins = position[:num_rows] < count - (num_valid * keep_ratio[0] // keep_ratio[1]).clamp_min(1)
-    patches = patches.to(dtype)
+    sizes, padded = weights[:, 0], num_valid is not None
+
+    position = torch.arange(N, device=x.device)
+    place = position[P:] if width is None else P + checkerboard(position[:n], width)
+    even, odd = place[::2], place[1::2]  # the two sides of the matching
+    if isinstance(n, int) and n == 1:
+        odd = even
+    sides = [x.detach().index_select(1, side).to(dtype) for side in [even, odd]]
     # not the weight of a norm inside attention
     if channel_weight is not None and channel_weight.shape[0] == C and channel_weight.is_meta == x.is_meta:
-        patches = patches * channel_weight.detach().to(patches)
-    partner, cost = match_tokens(patches, counts, valid)
-
+        sides = [side.mul_(channel_weight.detach().to(side)) for side in sides]
+    partner, cost = match_tokens(sides[0], sides[1], sizes.index_select(1, even), sizes.index_select(1, odd), padded)
     if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         cost, order = cost.sort(dim=1)  # exporters to ONNX know no stable sort, and that of ONNX is stable
     else:
         cost, order = cost.sort(dim=1, stable=True)
-    even, odd = place[2 * order], place[1::2].expand(B, n // 2)
-    if valid is None:
-        kept = torch.where(joins, N, even)
-    else:  # a patch without a partner stays, and there may be two groups more than tokens
-        joins = joins & (cost < math.inf)
-        kept = torch.where(joins | ~valid[:, ::2].gather(1, order), N, even)
-        odd = F.pad(torch.where(valid[:, 1::2], odd, N), [0, 2], value=float(N))
-    M = P + num_groups
-    rows, groups = position[:(n + 1) // 2][:num_rows], position[:M]
+
+    rows, joins = position[:(n + 1) // 2], torch.jit.annotate(Optional[torch.Tensor], None)
+    if num_valid is None:
+        M = P + num_kept(num_patches, keep_ratio)
+        rows = rows[:larger(2, N - M)]  # none may be joined, and torch.export would guard sizes of 0 and 1
+        if not isinstance(M, int) or N - M < 2:
+            joins = (rows < N - M).unsqueeze(0)
+    else:
+        M = P + 2 + num_kept(num_patches, keep_ratio)  # that of padding, and patches that are all on one side
+        num_joined = (sizes[:, P:] > 0).sum(dim=1, keepdim=True) - (
+            num_valid * keep_ratio[0] // keep_ratio[1]).clamp_min(1)
+        joins = (rows < num_joined) & (cost < math.inf)
     # copies: torch.export would guard the sizes of slices
-    order, even, cost, joins = [a.index_select(1, rows) for a in [order, even, cost, joins]]
-    joined_idx = torch.where(joins, even, N)
-    members = torch.cat([position[:P].expand(B, P), kept, odd], dim=1).sort(dim=1).values
-    member_idx = members.index_select(1, groups)
-    slow_idx = groups[-1:].repeat(B, N + 1).scatter(1, member_idx, groups.expand(B, M))
-    other_idx = place[partner.gather(1, order)]
+    order, cost = order.index_select(1, rows), cost.index_select(1, rows)
+    token_idx, other_idx = even[order], odd[partner.gather(1, order)]
+    joined = torch.ones_like(order)
+    if joins is not None:  # other tokens are joined to themselves
+        other_idx, cost, joined = torch.where(joins, other_idx, token_idx), cost.masked_fill(~joins, 0), joined * joins
+    # slow tokens have the order of the tokens that are neither joined nor padding
+    without = position.new_zeros(B, N).scatter(1, token_idx, joined)
+    if padded:
+        without = without + (sizes == 0)
+    slow_idx = position - without.cumsum(dim=1)
+    if padded:
+        slow_idx = slow_idx.masked_fill(sizes == 0, M - 1)
     target_idx = slow_idx.gather(1, other_idx)
-    slow_idx = slow_idx.scatter(1, joined_idx, target_idx)[:, :N]
-    member_idx = member_idx.clamp_max(N - 1)
+    slow_idx = slow_idx.scatter(1, token_idx, target_idx)
+    member_idx = slow_idx.new_zeros(B, M).scatter(1, slow_idx, position.expand(B, N)).scatter(1, target_idx, other_idx)
 
     slow_weights = weights.new_zeros(B, weights.shape[1], M).scatter_add(
         2, slow_idx.unsqueeze(1).expand_as(weights), weights)
-    part = joins / slow_weights[:, 0].gather(1, target_idx).clamp_min(1)
-    share = (part * sizes.gather(1, even)).unsqueeze(2)  # of a token in its mean
+    total = slow_weights[:, 0].gather(1, target_idx)
+    if padded:
+        total = total.clamp_min(1)
+    share = (sizes.gather(1, token_idx) / total).unsqueeze(2)  # of a token in its mean
     # a mean is shorter than its tokens. To first order in their distance, this is the part that is lost
-    shorter = (part * cost.clamp_max(num_patches)).unsqueeze(2)
+    shorter = (cost / total).unsqueeze(2)
     # half precision would lose a part in a large group
-    changed_idx = torch.cat([even, other_idx], dim=1)
+    changed_idx = torch.cat([token_idx, other_idx], dim=1)
     token, other = take_tokens(x, changed_idx).to(dtype).tensor_split(2, dim=1)
     change = torch.addcmul(share * (token - other), shorter, other)
     slow = take_and_add(x, member_idx, target_idx, change)
-    restoration = torch.cat([(token - take_tokens(slow, target_idx)) * joins.unsqueeze(2), -change], dim=1)
+    restoration = torch.cat([token - take_tokens(slow, target_idx), -change], dim=1)
     return slow, slow_weights, Grouping(slow_idx, member_idx, changed_idx, restoration)
 
 
@@ -223,6 +220,13 @@ def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
     taken = F.embedding(patch_idx, rows[0]) if for_all else take_tokens(
         rows.expand(patch_idx.shape[0], -1, -1), patch_idx)
     return taken.unflatten(2, (rope.shape[1], rope.shape[3])).transpose(1, 2)
+
+
+@torch.fx.wrap
+def align_rows(mask: torch.Tensor) -> torch.Tensor:
+    """With rows padded to a multiple of 8 in memory: fused attention on a GPU would copy the mask in every block."""
+    M = mask.shape[3]
+    return mask if mask.device.type == 'cpu' else F.pad(mask, [0, 8 - M % 8])[..., :M]
 
 
 class TokenGroups:
@@ -282,9 +286,7 @@ class TokenGroups:
         else:
             ignored = weights[:, 1:] == 0  # their gradient would be no number
             logarithm = weights[:, 1:].masked_fill(ignored, 1).log().masked_fill(ignored, -math.inf)
-        M = weights.shape[2]
-        # rows padded to a multiple of 8: otherwise fused attention on a GPU copies the mask in every block
-        return F.pad(logarithm.to(x.dtype), [0, 8 - M % 8])[:, :, None, :M]
+        return align_rows(logarithm.to(x.dtype).unsqueeze(2))
 
     def slow_tokens(self, block: int) -> SlowTokens:
         """The groups of patches (B, n) that `block` is the first to run on."""
