@@ -79,7 +79,7 @@ def test_export_onnx(digits, tmp_path, name, kwargs):
     log = run(EXAMPLES / 'export_onnx.py', name, '--model-kwargs', 'num_classes=10', *kwargs, '--int8', '--calibrate', digits,
               '--num-pictures', 5, '--output', file, cwd=tmp_path)
     errors = [float(e) for e in re.findall(r'(?:onnx|ratio 1): .* ms per picture, logits within (\S+) of PyTorch', log)]
-    # 0.3 and less, but where a processor without VNNI adds products in 16 bits, which overflow
+    # without VNNI a processor adds products in 16 bits: they overflow, and errors of up to 0.55 were seen, else 0.3
     assert len(errors) == 4 and max(errors[:2]) < 1e-4 < min(errors[2:]) and max(errors[2:]) < 0.8
     size = int(kwargs[0].partition('=')[2])
     for path in (file, file.with_suffix('.int8.onnx')):

@@ -146,7 +146,7 @@ def test_multiply_adds_by_hand(command, digits):
             ratio = round(row['keep_ratio'] ** (3 * depth / sum(depths)), 3)
             while last > ratio:  # each round halves the number of tokens at most
                 before, left, last = left, max(1, int(ratio * patches), left // 2), last / 2
-                grouping += math.ceil(before / 2) * max(1, before // 2) * dim  # cosines, of a last token with itself
+                grouping += math.ceil(before / 2) * (before // 2) * dim  # cosines
             last = ratio
             blocks += 2 * block(1 + left)
         assert row['multiply_adds'] == ends + blocks + grouping

@@ -102,8 +102,8 @@ def match_tokens(
     cost = cost / (sizes.reciprocal().unsqueeze(2) + other_sizes.reciprocal().unsqueeze(1))
     if padded:
         cost = cost.masked_fill((sizes == 0).unsqueeze(2) | (other_sizes == 0).unsqueeze(1), math.inf)
-    if not isinstance(others.shape[1], int):
-        cost = F.pad(cost, [0, 1], value=math.inf)  # torch.export would guard against no column
+    if not isinstance(others.shape[1], int) or others.shape[1] == 0:
+        cost = F.pad(cost, [0, 1], value=math.inf)  # min fails on no column, and torch.export would guard against none
     lowest, partner = cost.min(dim=2)
     return partner, lowest
 
@@ -153,8 +153,6 @@ def group_tokens(
     position = torch.arange(N, device=x.device)
     place = position[P:] if width is None else P + checkerboard(position[:n], width)
     even, odd = place[::2], place[1::2]  # the two sides of the matching
-    if isinstance(n, int) and n == 1:
-        odd = even
     sides = [x.detach().index_select(1, side).to(dtype) for side in [even, odd]]
     # not the weight of a norm inside attention
     if channel_weight is not None and channel_weight.shape[0] == C and channel_weight.is_meta == x.is_meta:
@@ -165,7 +163,8 @@ def group_tokens(
     else:
         cost, order = cost.sort(dim=1, stable=True)
 
-    rows, joins = position[:(n + 1) // 2], torch.jit.annotate(Optional[torch.Tensor], None)
+    rows = position[:(n + 1) // 2]
+    joins: Optional[torch.Tensor] = None  # None if each row of these joins
     if num_valid is None:
         M = P + num_kept(num_patches, keep_ratio)
         rows = rows[:larger(2, N - M)]  # none may be joined, and torch.export would guard sizes of 0 and 1
@@ -176,6 +175,8 @@ def group_tokens(
         num_joined = (sizes[:, P:] > 0).sum(dim=1, keepdim=True) - (
             num_valid * keep_ratio[0] // keep_ratio[1]).clamp_min(1)
         joins = (rows < num_joined) & (cost < math.inf)
+    if isinstance(n, int) and n == 1:
+        odd = even  # a single token has no partner, and is joined to none
     # copies: torch.export would guard the sizes of slices
     order, cost = order.index_select(1, rows), cost.index_select(1, rows)
     token_idx, other_idx = even[order], odd[partner.gather(1, order)]
@@ -201,8 +202,8 @@ def group_tokens(
     share = (sizes.gather(1, token_idx) / total).unsqueeze(2)  # of a token in its mean
     # a mean is shorter than its tokens. To first order in their distance, this is the part that is lost
     shorter = (cost / total).unsqueeze(2)
-    # half precision would lose a part in a large group
     changed_idx = torch.cat([token_idx, other_idx], dim=1)
+    # half precision would lose a part in a large group
     token, other = take_tokens(x, changed_idx).to(dtype).tensor_split(2, dim=1)
     change = torch.addcmul(share * (token - other), shorter, other)
     slow = take_and_add(x, member_idx, target_idx, change)
@@ -302,7 +303,7 @@ class TokenGroups:
         if self.member_idx is None:
             return rope
         P = self.num_prefix_tokens
-        return take_rope(rope, (self.member_idx[:, P:] - P).clamp_min(0))  # groups of padding have no member
+        return take_rope(rope, (self.member_idx[:, P:] - P).clamp_min(0))  # empty groups have no member
 
 
 def run_blocks(
