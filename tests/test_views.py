@@ -393,6 +393,64 @@ def test_a_weight_of_keys_is_summed_over_groups():
     assert torch.equal(evolved.forward_features(x, attn_mask=some), evolved._evolved_from.forward_features(x, attn_mask=some))
 
 
+@pytest.mark.parametrize('kind', ['bool', 'float', 'one head'])
+@pytest.mark.parametrize('visible_prefix', [(), (0,), (1,)])
+@torch.no_grad()
+def test_masked_prefix_tokens_attend_as_in_the_dense_model(visible_prefix, kind):
+    """Patches are like their neighbours here, so evolving is exact. The last picture has no key, its output no number."""
+    dense = build('deit_tiny_distilled_patch16_224').double()
+    dense.pos_embed[:, 2:] = 0
+    x = images(3).double().unflatten(3, (4, 8))[:, :, :, ::2].repeat_interleave(2, 3).flatten(3)
+    keys = torch.zeros(3, 1 if kind == 'bool' else 3, 1, 18, dtype=torch.bool)
+    keys[..., visible_prefix] = True
+    keys[0, ..., 2:10] = keys[1, ..., 4:14] = True
+    keys[2] = False
+    mask = keys
+    if kind != 'bool':
+        mask = torch.zeros(keys.shape).double().masked_fill(~keys, -math.inf)
+    if kind == 'one head':
+        mask[:, 1] = -math.inf
+    expected = dense.forward_features(x, attn_mask=mask)
+    found = evolve(dense, 0.5, stages=0).forward_features(x, attn_mask=mask)
+    torch.testing.assert_close(found[:, :2], expected[:, :2])
+    torch.testing.assert_close(found[keys[:, 0, 0]], expected[keys[:, 0, 0]])
+
+
+@torch.no_grad()
+def test_what_is_no_number_stays_in_its_picture():
+    evolved = evolve(build_kind(), 0.5)
+    x = images_for(evolved)
+    keys = torch.arange(17).view(1, 1, 1, 17) < 13
+    expected = evolved(x, attn_mask=keys)
+    for value in (math.nan, math.inf, 3e38):
+        x[0] = value
+        assert not evolved(x, attn_mask=keys)[0].isfinite().any()
+        torch.testing.assert_close(evolved(x, attn_mask=keys)[1:], expected[1:])
+    x[1, 0, 0, 0] = math.nan
+    torch.testing.assert_close(evolved(x, attn_mask=keys)[2], expected[2])
+
+
+@pytest.mark.parametrize('kind', ['vit', 'eva02', 'naflexvit'])  # timm's DINOv3 cannot
+@torch.no_grad()
+def test_a_default_device_that_is_not_the_models(kind):
+    evolved = evolve(build_kind(kind), 0.5)
+    x = images_for(evolved)
+    expected = evolved(x)
+    with torch.device('meta'):
+        assert torch.equal(evolved(x), expected)
+
+
+@pytest.mark.parametrize('args, kwargs', [
+    ((), dict(foo=1)), ((None, False, False, False, 'NLC', False, False), dict(output_dict=True)),
+    ((None, False, False, False, 'NLC', False, False, None, False, 1), {})])
+@torch.no_grad()
+def test_wrong_arguments_of_forward_intermediates(args, kwargs):
+    dense = build_kind()
+    for model in (dense, evolve(dense)):
+        with pytest.raises(TypeError):
+            model.forward_intermediates(images_for(dense), *args, **kwargs)
+
+
 @pytest.mark.parametrize('mask, message', [
     (dict(attn_mask=torch.ones(17, 17, dtype=torch.bool)), r'mask of keys, .* got \(17, 17\)'),
     (dict(attn_mask=torch.zeros(1, 1, 17, 17)), r'got \(1, 1, 17, 17\)'),
@@ -405,6 +463,8 @@ def test_masks_of_pairs_are_refused(mask, message):
     for call in (evolved, evolved.forward_features, evolved.forward_intermediates):
         with pytest.raises(ValueError, match=message):
             call(x, **mask)
+    with pytest.raises(ValueError, match='bool or float, .* torch.int64'):
+        evolved(x, attn_mask=torch.ones(1, 1, 1, 17, dtype=torch.int64))
     evolved.set_keep_ratio(1)
     assert torch.equal(evolved(x, **mask), evolved._evolved_from(x, **mask))
 
@@ -457,6 +517,8 @@ def test_a_padded_batch_is_its_images_one_by_one(name, config, keep_ratio):
     assert torch.equal(tokens['patch_valid'], batch['patch_valid'])
     nonsense = dict(batch, patches=torch.where(batch['patch_valid'][..., None], batch['patches'], 1e3))
     torch.testing.assert_close(evolved(nonsense), evolved(batch), rtol=0, atol=1e-12)  # padding is never read
+    no_number = dict(batch, patches=batch['patches'].index_fill(0, torch.tensor([0]), math.nan))
+    torch.testing.assert_close(evolved(no_number)[1:], evolved(batch)[1:], rtol=0, atol=1e-12)
     if keep_ratio == 1:
         assert torch.equal(evolved(batch), dense(batch))
         for args in (dict(), dict(output_dict=True, norm=True), dict(return_prefix_tokens=True, indices=[1])):

@@ -141,13 +141,15 @@ class EvolvingVit(EvolvingModel):
 
         The others are `output_dict` and those of `forward_features`.
         """
-        kwargs.update(zip(self.intermediates_args, args, strict=len(args) > len(self.intermediates_args)))
+        names = self.intermediates_args
+        wrong = [k for k in kwargs if k in names[:len(args)] or k not in (*names, 'output_dict')] + [*args[len(names):]]
+        check(not wrong, 'further arguments', f"{', '.join(names)}, each once", wrong, TypeError)
+        kwargs.update(zip(names, args))
         output_dict = kwargs.pop('output_dict', False)
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        take_indices, last = feature_take_indices(len(self.blocks), indices)
         grid_size = self._grid_size(x) if output_fmt == 'NCHW' else None
-        num_blocks = max_index + 1 if stop_early else None
-        x, intermediates, valid = self._run(x, num_blocks, take_indices=take_indices, **kwargs)
+        x, intermediates, valid = self._run(x, last + 1 if stop_early else None, take_indices=take_indices, **kwargs)
         if valid is not None and not output_dict and self.training and self.patch_drop is not None:
             raise ValueError('output_dict must be True with patch dropout, which changes patch_valid, got False.')
         if norm:

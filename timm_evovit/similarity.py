@@ -76,7 +76,7 @@ def take_and_add(x: torch.Tensor, token_idx: torch.Tensor, row_idx: torch.Tensor
         adds = torch.arange(M, device=x.device).unsqueeze(1) == row_idx.unsqueeze(1)
         taken = product(adds.to(update.dtype), update, taken)
     else:
-        rows = row_idx + M * torch.arange(B).unsqueeze(1)
+        rows = row_idx + M * torch.arange(B, device=x.device).unsqueeze(1)
         taken.view(B * M, C).index_add_(0, rows.flatten(), update.flatten(0, 1))
     return taken.to(x.dtype)
 
@@ -100,8 +100,8 @@ def match_tokens(
     length, other_length = [torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(1e-6) for x in [tokens, others]]
     cost = 1 - product(tokens, others.transpose(1, 2)) / length / other_length.transpose(1, 2)
     cost = cost / (sizes.reciprocal().unsqueeze(2) + other_sizes.reciprocal().unsqueeze(1))
-    if padded:
-        cost = cost.masked_fill((sizes == 0).unsqueeze(2) | (other_sizes == 0).unsqueeze(1), math.inf)
+    if padded:  # tokens that are no numbers are joined as others are
+        cost = cost.nan_to_num().masked_fill((sizes == 0).unsqueeze(2) | (other_sizes == 0).unsqueeze(1), math.inf)
     if not isinstance(others.shape[1], int) or others.shape[1] == 0:
         cost = F.pad(cost, [0, 1], value=math.inf)  # min fails on no column, and torch.export would guard against none
     lowest, partner = cost.min(dim=2)
@@ -226,8 +226,7 @@ def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
 @torch.fx.wrap
 def align_rows(mask: torch.Tensor) -> torch.Tensor:
     """With rows padded to a multiple of 8 in memory: fused attention on a GPU would copy the mask in every block."""
-    M = mask.shape[3]
-    return mask if mask.device.type == 'cpu' else F.pad(mask, [0, 8 - M % 8])[..., :M]
+    return mask if mask.device.type == 'cpu' else F.pad(mask, [0, 8 - mask.shape[3] % 8])[..., :mask.shape[3]]
 
 
 class TokenGroups:
@@ -244,8 +243,7 @@ class TokenGroups:
             self, x: torch.Tensor, num_prefix_tokens: int, key_mask: Optional[torch.Tensor] = None,
             grid_size: Optional[Tuple[int, int]] = None,
     ) -> None:
-        self.num_prefix_tokens = num_prefix_tokens
-        self.num_patches = x.shape[1] - num_prefix_tokens
+        self.num_prefix_tokens, self.num_patches = num_prefix_tokens, x.shape[1] - num_prefix_tokens
         self.width = None if grid_size is None else grid_size[1]
         self.groupings: List[Grouping] = []
         self.member_idx: Optional[torch.Tensor] = None  # (B, M) token of the complete sequence of each slow token
@@ -253,21 +251,21 @@ class TokenGroups:
         self.num_valid: Optional[torch.Tensor] = None  # (B, 1) patches of each image, without padding
         if key_mask is not None:
             keys = key_mask.to(at_least_float32(x))
-            keys = keys if key_mask.dtype == torch.bool else (keys - keys.amax(3, keepdim=True)).exp()
+            keys = keys if key_mask.dtype == torch.bool else (keys - keys.amax(3, keepdim=True).nan_to_num()).exp()
             keys = keys.squeeze(2).expand(x.shape[0], -1, -1)
-            valid = (keys > 0).any(dim=1, keepdim=True)
+            prefix = torch.arange(x.shape[1], device=x.device) < num_prefix_tokens  # they are no padding
+            valid = (keys > 0).any(dim=1, keepdim=True) | prefix
             self.weights = torch.cat([valid.to(keys.dtype), keys], dim=1)
             self.num_valid = valid[:, 0, num_prefix_tokens:].sum(dim=1, keepdim=True)
 
     def join(
             self, x: torch.Tensor, keep_ratio: Tuple[int, int], channel_weight: Optional[torch.Tensor]) -> torch.Tensor:
         """Slow tokens of x (B, M, C), after one round of matching towards this ratio of them to patches."""
-        x, self.weights, grouping = group_tokens(
+        x, self.weights, new = group_tokens(
             x, self.weights, self.num_prefix_tokens, self.num_patches, keep_ratio, self.num_valid, channel_weight,
             None if self.groupings else self.width)
-        idx = grouping.member_idx
-        self.member_idx = idx if self.member_idx is None else self.member_idx.gather(1, idx)
-        self.groupings.append(grouping)
+        self.member_idx = new.member_idx if self.member_idx is None else self.member_idx.gather(1, new.member_idx)
+        self.groupings.append(new)
         return x
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
@@ -340,11 +338,11 @@ def run_blocks(
     elif dense_args and key_mask is None:
         if is_causal:
             raise ValueError('is_causal must be False where tokens are grouped, got True: groups have no order.')
-        shape: Any = tuple(dense_args['attn_mask'].shape)
-        if len(shape) != 4 or shape[2:] != (1, x.shape[1]):
-            raise ValueError(f'attn_mask must be a mask of keys, (B or 1, heads or 1, 1, N), where tokens are grouped, '
-                             f'and N is {x.shape[1]} here, got {shape}.')
-        key_mask = attn_mask
+        key_mask = dense_args['attn_mask']
+        shape, dtype = tuple(key_mask.shape), key_mask.dtype
+        if len(shape) != 4 or shape[2:] != (1, x.shape[1]) or not (dtype == torch.bool or dtype.is_floating_point):
+            raise ValueError(f'attn_mask must be a mask of keys, bool or float, (B or 1, heads or 1, 1, N), where '
+                             f'tokens are grouped, and N is {x.shape[1]} here, got {shape}, {dtype}.')
     args, intermediates = dense_args, []
     ratio, groups = (1, 1), TokenGroups(x, num_prefix_tokens, key_mask, grid_size)
     for i, block in enumerate(blocks):
