@@ -7,7 +7,8 @@
     python examples/export_onnx.py evo_deit_small_patch16_224 --pretrained --output model.xml
 
 The name of --output says for which runtime: `.onnx` for ONNX Runtime, `.xml` for OpenVINO. Files take any batch size,
-and any height and width if the model does, as with `--model-kwargs dynamic_img_size=True`. --int8 writes a second file,
+and any height and width if the model does, as with `--model-kwargs dynamic_img_size=True` (OpenVINO has no operation to
+resample learned position embeddings). --int8 writes a second file,
 `*.int8.onnx` or `*.int8.xml`, with matrix products in 8 bits: with --calibrate the ranges of activations are those of
 pictures in a folder, without it ONNX Runtime finds them for each batch. Metadata say how to prepare pictures and, where
 the model knows it, what its classes are called.
@@ -91,7 +92,10 @@ class OpenVino:
 
     def export(self, model, images, dynamic, path, info):
         program = torch.export.export(model, (images,), dynamic_shapes=(dynamic,))
-        converted = self.openvino.convert_model(program)
+        try:
+            converted = self.openvino.convert_model(program)
+        except Exception as e:  # of its own class, which has no public name
+            parser.error(f'OpenVINO cannot convert the model: {str(e).strip()}')
         converted.reshape([-1 if i in dynamic else n for i, n in enumerate(images.shape)])
         self.save(converted, path, info)
 
@@ -168,6 +172,9 @@ def main():
         parser.error(f'--calibrate {args.calibrate}: there is no such folder')
     if args.int8 and args.output.suffix == '.xml' and not args.calibrate:
         parser.error('--int8 for OpenVINO needs pictures: --calibrate DIR')
+    for option in ('num_pictures', 'batch_size'):
+        if vars(args)[option] < 1:
+            parser.error(f"--{option.replace('_', '-')} must be 1 or more, got {vars(args)[option]}")
     try:
         model = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, **args.model_kwargs)
         model = reparameterize_model(model.eval())  # folds LeViT's batch norms into its linear layers

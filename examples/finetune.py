@@ -52,6 +52,8 @@ parser.add_argument('--output', type=Path, default=Path('output/finetune'))
 
 def main():
     args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error(f'--epochs must be 1 or more, got {args.epochs}')
     for folder in (args.data_dir / 'train', args.data_dir / 'validation'):
         if not folder.is_dir():
             parser.error(f'--data-dir {args.data_dir}: there is no folder {folder}')
@@ -73,6 +75,8 @@ def main():
         data = {'crop_pct': args.crop_pct} if args.crop_pct else None
         model = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, data, **kwargs)
         if size and size != model.pretrained_cfg['input_size'][1:]:  # of a checkpoint or a saved folder
+            if not hasattr(model, 'set_input_size'):
+                raise ValueError(f'--img-size must be left out: {args.model} takes the size that it was saved with')
             model.set_input_size(size)
             model.pretrained_cfg['input_size'] = (model.in_chans, *size)
         model = model if hasattr(model, 'set_keep_ratio') else evolve(model)

@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from helpers import TINY_LEVIT, build_levit
 from PIL import Image
 from programs import EXAMPLES, run, write_digits
 
@@ -68,6 +69,13 @@ def test_finetune_needs_the_same_classes(digits, tmp_path):
     assert 'train and validation must have the same classes' in log
 
 
+def test_finetune_cannot_resize_a_levit(digits, tmp_path):
+    timm.models.save_for_hf(build_levit(num_classes=10), tmp_path / 'levit', model_args=TINY_LEVIT)
+    log = run(EXAMPLES / 'finetune.py', '--data-dir', digits, '--model', f'local-dir:{tmp_path / "levit"}', '--pretrained',
+              '--img-size', 96, cwd=tmp_path, fails=True)
+    assert '--img-size must be left out' in log and 'Traceback' not in log
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name, kwargs', [
     ('evo_deit_tiny', ['img_size=32', *SMALL]),
@@ -106,6 +114,8 @@ def test_dense_features(tmp_path, name, args, indices, shapes):
      '--int8 for OpenVINO needs pictures: --calibrate DIR'),
     (['export_onnx.py', 'evo_deit_tiny', '--int8', '--calibrate', 'nowhere'],
      '--calibrate nowhere: there is no such folder'),
+    (['export_onnx.py', 'evo_deit_tiny', '--batch-size', 0], '--batch-size must be 1 or more, got 0'),
+    (['finetune.py', '--data-dir', '.', '--epochs', 0], '--epochs must be 1 or more, got 0'),
     (['dense_features.py', '--model', 'evo_levit_128s', '--out-indices', 3],
      '--out-indices: feature index 3 is out of range (0 to 2)'),
 ])

@@ -27,7 +27,9 @@ from timm_evovit.tools import sweep
 from timm_evovit.tools.cli import main
 
 datasets = pytest.importorskip('sklearn.datasets', reason="the examples need pip install -e '.[examples]'")
-MODELS = {'evo_deit_tiny': dict(TINY, depth=6), 'evo_levit_128s': TINY_LEVIT, 'vit_tiny_patch16_224': dict(TINY, depth=6)}
+MODELS = {
+    'evo_deit_tiny': dict(TINY, depth=6, global_pool='token'), 'evo_levit_128s': TINY_LEVIT,
+    'vit_tiny_patch16_224': dict(TINY, depth=6)}
 RATIOS = [1, 0.75, 0.5, 0.2]
 
 
@@ -307,6 +309,13 @@ def test_what_it_prints_gives_the_accuracy_of_the_table(command, digits, tmp_pat
         found = json.loads((tmp_path / 'validate.json').read_text())
         found = found[0] if isinstance(found, list) else found
         assert found['top1'] == pytest.approx(chosen['top1'], abs=1.7)  # its prefetcher rounds
+
+
+def test_what_timms_scripts_take_as_options(command, digits):
+    args = '--max-drop', 100, '--crop-pct', 0.9, '--interpolation', 'bilinear', '--mean', 0.4, 0.5, 0.6
+    _, _, out, _ = command('evo_deit_tiny', digits, *args)
+    assert '--gp token --crop-pct 0.9 --interpolation bilinear --mean 0.4 0.5 0.6 --model-kwargs' in out
+    assert 'global_pool' not in out and 'in_chans' not in out
 
 
 def test_plot(command, digits, tmp_path):

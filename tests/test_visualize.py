@@ -48,9 +48,9 @@ def test_finds_files_and_folders(photos):
 def test_drawings_are_not_images(photos):
     """A second run draws the same images, and no drawing can overwrite one."""
     assert found(photos, '', output='deep') == ['a.jpg', 'b.png']
-    assert found(photos, '', output='') == ['deep/c.GIF']
-    with pytest.raises(ValueError, match='outside --output'):
-        found(photos, 'b.png', output='')
+    for name, message in (('b.png', 'outside --output'), ('', '--output must be another folder')):
+        with pytest.raises(ValueError, match=message):
+            found(photos, name, output='')
 
 
 # drawing

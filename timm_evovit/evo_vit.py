@@ -135,8 +135,7 @@ class EvolvingVit(EvolvingModel):
     def forward_intermediates(
             self, x: Any, indices: Optional[Union[int, List[int]]] = None, return_prefix_tokens: bool = False,
             norm: bool = False, stop_early: bool = False, output_fmt: str = 'NCHW', intermediates_only: bool = False,
-            *args: Any, **kwargs: Any,
-    ) -> Any:
+            *args: Any, **kwargs: Any) -> Any:
         """Forward features that returns intermediates, as in timm: the complete patch grid after any block.
 
         The others are `output_dict` and those of `forward_features`.
@@ -186,13 +185,6 @@ def _of_dense_model(name: str) -> property:
 class EvolvedVit(EvolvingVit):
     """What `evolve` makes: a view of a dense model, with its modules, parameters, buffers, hooks, these attributes."""
     dense_class: Type[nn.Module]
-    training = _of_dense_model('training')
-    grad_checkpointing = _of_dense_model('grad_checkpointing')
-    num_classes = _of_dense_model('num_classes')
-    global_pool = _of_dense_model('global_pool')
-    distilled_training = _of_dense_model('distilled_training')
-    _is_full_backward_hook = _of_dense_model('_is_full_backward_hook')
-    _traits = _of_dense_model('_traits')
 
     @property
     def _model_args(self) -> Dict[str, Any]:
@@ -204,6 +196,11 @@ class EvolvedVit(EvolvingVit):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (self.dense_class,), *super().__reduce_ex__(protocol)[2:]
+
+
+for _name in ('training', 'grad_checkpointing', 'num_classes', 'global_pool', 'distilled_training',
+              '_is_full_backward_hook', '_traits'):
+    setattr(EvolvedVit, _name, _of_dense_model(_name))
 
 
 class EvolvedVisionTransformer(EvolvedVit, VisionTransformer):
@@ -242,8 +239,7 @@ class EvolvedNaFlexVit(EvolvedVit, NaFlexVit):
 
     def _run(
             self, x: Any, num_blocks: Optional[int] = None, patch_coord: Optional[torch.Tensor] = None,
-            patch_valid: Optional[torch.Tensor] = None, attn_mask: Optional[torch.Tensor] = None, **kwargs: Any,
-    ) -> Tuple[torch.Tensor, List[torch.Tensor], Optional[torch.Tensor]]:
+            patch_valid: Optional[torch.Tensor] = None, attn_mask: Optional[torch.Tensor] = None, **kwargs: Any) -> Any:
         if isinstance(x, dict):
             patch_coord, patch_valid = x['patch_coord'], x.get('patch_valid', patch_valid)
             attn_mask, x = x.get('attn_mask', attn_mask), x['patches']

@@ -241,8 +241,7 @@ class TokenGroups:
 
     def __init__(
             self, x: torch.Tensor, num_prefix_tokens: int, key_mask: Optional[torch.Tensor] = None,
-            grid_size: Optional[Tuple[int, int]] = None,
-    ) -> None:
+            grid_size: Optional[Tuple[int, int]] = None) -> None:
         self.num_prefix_tokens, self.num_patches = num_prefix_tokens, x.shape[1] - num_prefix_tokens
         self.width = None if grid_size is None else grid_size[1]
         self.groupings: List[Grouping] = []

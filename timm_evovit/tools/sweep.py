@@ -151,9 +151,13 @@ def describe(report: Dict[str, Any]) -> str:
     if not report['evolves']:
         name, use, base = 'evo_vit', 'model = timm_evovit.evolve(model, keep_ratio=', {'base': name}
     kwargs = {**base, **report['model_kwargs'], 'keep_ratio': ratio}
-    words = (f'{k}={json.dumps(v) if ":" in str(v) else v}' for k, v in kwargs.items() if k != 'num_classes')
-    data = ['--num-classes', str(report['num_classes']), '--input-size', *map(str, report['input_size'])]
-    options = [name, *(['--pretrained'] if report['pretrained'] else []), *data, '--model-kwargs', *words]
+    settings = {**report, 'gp': kwargs.pop('global_pool', None)}  # what timm's scripts take as options of their own
+    options = [name, *(['--pretrained'] if report['pretrained'] else [])]
+    for key in ('num_classes', 'input_size', 'gp', 'crop_pct', 'interpolation', 'mean', 'std'):
+        if settings[key] is not None:
+            options += ['--' + key.replace('_', '-'), *map(str, np.atleast_1d(settings[key]))]
+    kwargs = {k: v for k, v in kwargs.items() if k not in ('num_classes', 'in_chans')}
+    options += ['--model-kwargs', *(f'{k}={json.dumps(v) if ":" in str(v) else v}' for k, v in kwargs.items())]
     return (f'The fastest keep ratio sure (95 %) to {limit}: {ratio}, {chosen["speed_up"]:.2f} times as fast as dense.'
             f"\n\nIn Python:           {use}{ratio})\nFor timm's scripts:  --model {shlex.join(options)}")
 

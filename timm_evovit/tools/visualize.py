@@ -20,6 +20,7 @@ PANEL, GAP, LINE = 224, 8, 18  # pixels: smallest height of a panel, space betwe
 
 def find_images(name: str, output: Path) -> List[Path]:
     """Find images by file or folder (at any depth), except in the folder `output` of the drawings."""
+    check(output.resolve() != Path(name).resolve(), '--output', 'another folder than that of the images', name)
     files = [Path(name)]
     if files[0].is_dir():
         extensions = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
