@@ -36,6 +36,8 @@ ELASTIC = (0.3, 0.4, 0.5, 0.7, 1.0)
 VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'dense': (DEIT, {}, "timm's DeiT, class token readout"),
     'dense-avg': (DEIT, {'global_pool': 'avg'}, "timm's DeiT, average readout"),
+    'dense-map': (
+        DEIT, {'global_pool': 'map', 'class_token': False}, "timm's DeiT, attention pooling, no class token"),
     'dense-4-blocks': (DEIT, {'depth': 4}, "timm's DeiT with half of the blocks"),
     'dense-24-pixels': (DEIT, {'img_size': 24}, "timm's DeiT on smaller pictures, 24 pixels of 32"),
     'evo-stage': (EVO_DEIT, {}, 'Evo-DeiT, stage-wise selection, assisted loss'),
