@@ -161,6 +161,17 @@ def test_multiply_adds_of_the_published_models(name, ratio, expected):
     assert round(sweep.multiply_adds(model, torch.zeros(1, 3, 224, 224)) / 1e9, 3) == expected
 
 
+def test_multiply_adds_of_attention_pooling():
+    """As in SigLIP: one learned query, which is a view of a parameter, and an MLP."""
+    n, dim = 16, 24
+    model = timm.create_model('vit_base_patch16_siglip_224', **TINY, depth=1)
+    block = n * dim * dim * (3 + 1 + 2 * 2) + 2 * n * n * dim
+    pool = dim * dim * (1 + 2 * n + 1 + 2 * 2) + 2 * n * dim
+    with torch.inference_mode():
+        found = sweep.multiply_adds(model.eval(), torch.zeros(1, 3, 32, 32))
+    assert found == n * dim * 3 * 8 * 8 + block + pool + dim * 10
+
+
 @pytest.mark.parametrize('n, lose, gain', [(30, 0.1, 0.05), (100, 0.03, 0.01), (100, 0.01, 0.), (60, 0.2, 0.2)])
 def test_interval_of_a_difference_covers_it(n, lose, gain):
     """Summed over all outcomes of n pairs, the interval holds the true difference in 95 % of the cases or a little more."""

@@ -60,8 +60,7 @@ class EvolutionState:
     def __init__(
             self, schedule: Schedule, tradeoff: Union[Sequence[float], torch.Tensor], num_prefix_tokens: int = 1,
             representative_token: bool = False, grad_checkpointing: bool = False, take_indices: Sequence[int] = (),
-            slow_tokens: Optional[List[SlowTokens]] = None,
-    ) -> None:
+            slow_tokens: Optional[List[SlowTokens]] = None) -> None:
         self.schedule, self.tradeoff, self.num_prefix_tokens = schedule, tradeoff, num_prefix_tokens
         self.representative_token, self.grad_checkpointing = representative_token, grad_checkpointing
         self.take_indices, self.slow_tokens = take_indices, slow_tokens

@@ -20,8 +20,9 @@ from ..base import check
 def multiply_adds(model: Callable[..., Any], images: Tensor) -> int:
     """Multiply-adds of a call, attention counted as matrix products."""
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(images)
+    # with gradients: its hooks fail on views of parameters without, as in attention pooling
+    with torch.inference_mode(False), torch.enable_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+        model(images.clone())
     return counter.get_total_flops() // 2
 
 
