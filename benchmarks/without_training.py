@@ -95,6 +95,8 @@ def tome(dense: nn.Module, merged: float, checkout: Path) -> nn.Module:
     model.r = round(merged * model.patch_embed.num_patches / len(model.blocks))
     if model.global_pool == 'avg':  # weighted by their patches, as in its code for MAE
         model.pool = lambda x: (x * model._tome_info['size'])[:, 1:].sum(dim=1) / model.patch_embed.num_patches
+    elif model.global_pool == 'map':  # so that it pools as its attention in the blocks does
+        model.pool = lambda x: model.attn_pool(x, attn_mask=model._tome_info['size'].mT.unsqueeze(1).log())
     return model
 
 
