@@ -61,6 +61,8 @@ def main():
         create_dataset('', root=args.data_dir, split=split, is_training=split == 'train')
         for split in ('train', 'validation')]
     classes = sorted(datasets[0].reader.class_to_idx, key=datasets[0].reader.class_to_idx.get)
+    if classes == ['']:
+        parser.error(f'--data-dir {args.data_dir}: there must be a folder of pictures per class below train')
     if list(datasets[1].reader.class_to_idx) != list(datasets[0].reader.class_to_idx):
         parser.error(f'--data-dir {args.data_dir}: train and validation must have the same classes')
     if len(datasets[0]) < args.batch_size:

@@ -67,6 +67,10 @@ def test_finetune_needs_the_same_classes(digits, tmp_path):
     shutil.copytree(digits / 'train' / '0', tmp_path / 'train' / '0')
     log = run(EXAMPLES / 'finetune.py', '--data-dir', tmp_path, '--model', 'evo_deit_tiny', cwd=tmp_path, fails=True)
     assert 'train and validation must have the same classes' in log
+    (tmp_path / 'train' / 'train').symlink_to(digits / 'train' / '0')
+    (tmp_path / 'train' / 'validation').symlink_to(digits / 'validation' / '0')
+    log = run(EXAMPLES / 'finetune.py', '--data-dir', tmp_path / 'train', '--model', 'evo_deit_tiny', cwd=tmp_path, fails=True)
+    assert 'a folder of pictures per class' in log
 
 
 def test_finetune_cannot_resize_a_levit(digits, tmp_path):
