@@ -92,7 +92,7 @@ def markdown(header: Sequence[str], lines: Iterable[Iterable[Any]]) -> str:
 def table(columns: Dict[str, Column], rows: List[Row], key: Callable[[Row], Any] = id) -> str:
     """A line for the rows of each `key`, by default one for each row. They share the first two columns.
 
-    A column shows nothing of a row that does not have what it asks for.
+    A column shows nothing of a row that does not have what it asks for. One that shows nothing at all is left out.
     """
     def cells(column: Column, of: List[Row]) -> Iterator[str]:
         for row in of:
@@ -103,7 +103,8 @@ def table(columns: Dict[str, Column], rows: List[Row], key: Callable[[Row], Any]
     for of in grouped(rows, key).values():
         found = [list(filter(None, cells(column, of))) for column in columns.values()]
         lines.append([', '.join(cell if i > 1 else cell[:1]) for i, cell in enumerate(found)])
-    return markdown(list(columns), lines)
+    shown = [i for i, column in enumerate(zip(*lines)) if any(column)]
+    return markdown([[*columns][i] for i in shown], [[line[i] for i in shown] for line in lines])
 
 
 def measured(columns: Dict[str, Column], rows: List[Row], key: Callable[[Row], Any] = id) -> str:

@@ -294,12 +294,12 @@ def test_report_of_speed(filled, tmp_path):
         dense, model='evo_levit_256', params=2_500_000, multiply_adds=8e8, peak_memory=1e8, images_per_second=70.,
         speed_up=1.4, speed_up_min=1.3, speed_up_max=1.45)]
     lines = filled('speed-x', rows, 'table: speed model=evo_levit_256,other compile=None')
-    assert lines[2] == '| `evo_levit_256` |  | 32 | 1.500 | **1.40** (1.30 - 1.45) | 50 / 70 | 200 / 100 |'
+    assert lines[2] == '| `evo_levit_256` | 32 | 1.500 | **1.40** (1.30 - 1.45) | 50 / 70 | 200 / 100 |'
     assert 'old' not in lines and 'torch' in lines[-1]
     assert filled('speed-x', rows, 'table: models file=speed')[2:] == [
         '| `evo_levit_256` | 2.50 M | 0.800 (1.200) | 78.8 (81.6) | `evovit_in1k` |']
     onnx = {**rows[1], 'model': 'model.onnx', 'params': None, 'multiply_adds': None}
-    assert filled('speed-x', [*rows, onnx], 'table: speed')[3].startswith('| `model.onnx` |  | 32 |  | **1.40**')
+    assert filled('speed-x', [*rows, onnx], 'table: speed')[3].startswith('| `model.onnx` | 32 |  | **1.40**')
     filled('speed-x', [*rows, onnx], 'plot: speed x.png file=speed-x')
     assert Image.open(tmp_path / 'x.png').width > 600
     with pytest.raises(ValueError, match='has no rows of .*nothing'):
