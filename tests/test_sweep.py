@@ -324,9 +324,10 @@ def test_what_it_prints_gives_the_accuracy_of_the_table(command, digits, tmp_pat
 
 def test_what_timms_scripts_take_as_options(command, digits):
     args = '--max-drop', 100, '--crop-pct', 0.9, '--interpolation', 'bilinear', '--mean', 0.4, 0.5, 0.6
-    _, _, out, _ = command('evo_deit_tiny', digits, *args)
+    _, result, out, _ = command('evo_deit_tiny', digits, *args)
     assert '--gp token --crop-pct 0.9 --interpolation bilinear --mean 0.4 0.5 0.6 --model-kwargs' in out
-    assert 'global_pool' not in out and 'in_chans' not in out
+    words = sweep.describe({**result, 'model_kwargs': {'in_chans': 3, 'global_pool': 'token', 'depth': 6}})
+    assert words.endswith('--mean 0.4 0.5 0.6 --model-kwargs depth=6 keep_ratio=0.2')
 
 
 def test_plot(command, digits, tmp_path):

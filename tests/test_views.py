@@ -397,7 +397,7 @@ def test_a_weight_of_keys_is_summed_over_groups():
 @pytest.mark.parametrize('visible_prefix', [(), (0,), (1,)])
 @torch.no_grad()
 def test_masked_prefix_tokens_attend_as_in_the_dense_model(visible_prefix, kind):
-    """Patches are like their neighbours here, so evolving is exact. The last picture has no key, its output no number."""
+    """Patches are like their neighbours here, so evolving is exact. The last picture has no key at all."""
     dense = build('deit_tiny_distilled_patch16_224').double()
     dense.pos_embed[:, 2:] = 0
     x = images(3).double().unflatten(3, (4, 8))[:, :, :, ::2].repeat_interleave(2, 3).flatten(3)

@@ -183,7 +183,7 @@ def _of_dense_model(name: str) -> property:
 
 
 class EvolvedVit(EvolvingVit):
-    """What `evolve` makes: a view of a dense model, with its modules, parameters, buffers, hooks, these attributes."""
+    """What `evolve` makes: a view of a dense model, with its modules, parameters, buffers, hooks, some attributes."""
     dense_class: Type[nn.Module]
 
     @property
