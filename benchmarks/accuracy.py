@@ -44,6 +44,9 @@ VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'evo-layer-to-stage': (EVO_DEIT, {}, 'Evo-DeiT, layer-to-stage training, assisted loss'),
     'evo-representative': (EVO_DEIT, {'representative_token': True}, 'Evo-DeiT, stage-wise, representative token'),
     'evo-similarity': (EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.6}, 'Evo-DeiT, like patches share a slow token'),
+    'evo-similarity-avg': (
+        EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.4, 'global_pool': 'avg', 'assisted_cls': False},
+        'evo-similarity with average readout'),
     'evo-elastic': (
         EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.4, 'train_keep_ratio': ELASTIC},
         'evo-similarity trained at five keep ratios, and evaluated at each'),
