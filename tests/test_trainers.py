@@ -173,6 +173,8 @@ def test_weights_offloaded_by_accelerate():
     for model in (view, copy.deepcopy(view), evolve(offloaded, 0.5)):
         torch.testing.assert_close(model(x), evolved)
     assert torch.equal(offloaded(x), expected) and next(view.parameters()).is_meta
+    whole_blocks = accelerate.cpu_offload(copy.deepcopy(dense), torch.device('cpu'), preload_module_classes=['Block'])
+    torch.testing.assert_close(evolve(whole_blocks, 0.5)(x), evolved)
     accelerate.hooks.remove_hook_from_module(offloaded, recurse=True)
     for model in (evolve(offloaded, 0.5), accelerate.cpu_offload(evolve(copy.deepcopy(dense), 0.5))):
         torch.testing.assert_close(model(x), evolved)

@@ -13,8 +13,9 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
-from timm_evovit import evolve
+from timm_evovit import evolve, similarity
 from timm_evovit.similarity import TokenGroups
 
 KINDS = {
@@ -92,6 +93,54 @@ def test_what_is_in_the_blocks_works_before_and_after(kind, change):
     for dense, evolved in ((before, first), (after, second)):
         evolved.set_keep_ratio(1)
         assert torch.equal(evolved(x), dense(x))
+
+
+def weight_as_buffer(norm):
+    weight = norm.weight.detach()
+    del norm.weight
+    norm.register_buffer('weight', weight)
+
+
+def script_blocks(blocks):
+    for i, block in enumerate(blocks):
+        blocks[i] = torch.jit.script(block)
+
+
+@pytest.mark.parametrize('change', [
+    lambda blocks: [parametrize.register_parametrization(b.norm1, 'weight', nn.Identity()) for b in blocks],
+    lambda blocks: [prune.identity(b.norm1, 'weight') for b in blocks],
+    lambda blocks: [setattr(b, 'norm1', nn.Sequential(b.norm1)) for b in blocks],
+    lambda blocks: [weight_as_buffer(b.norm1) for b in blocks],
+    script_blocks], ids=['parametrized', 'pruned', 'wrapped', 'buffer', 'scripted'])
+@torch.no_grad()
+def test_groups_are_those_of_the_norms_weight(change, monkeypatch):
+    dense = build_kind()
+    for block in dense.blocks:
+        block.norm1.weight.normal_()
+    x = images_for(dense)
+    expected = evolve(dense, 0.5)(x)
+    change(dense.blocks)
+    torch.testing.assert_close(evolve(dense, 0.5)(x), expected)
+    monkeypatch.setattr(similarity, 'channel_weight', lambda block: None)
+    assert not torch.allclose(evolve(dense, 0.5)(x), expected)
+
+
+def test_models_that_differ_in_a_norm():
+    model = evolve(build_kind(), 0.5)
+    x = images_for(model)
+    weights = torch.rand(2, model.embed_dim)
+
+    def run(weight):
+        return torch.func.functional_call(model, {'blocks.0.norm1.weight': weight}, x)
+
+    torch.testing.assert_close(torch.func.vmap(run)(weights), torch.stack([run(weight) for weight in weights]))
+
+
+def test_a_part_of_the_norms_weight_is_refused():
+    model = evolve(build_kind(), 0.5)
+    model.blocks[0].norm1.weight = nn.Parameter(torch.ones(0))
+    with pytest.raises(RuntimeError, match=r'norm1.weight must be whole, as FSDP2 keeps it, got .*\[0\]\) of LayerNorm'):
+        model(images_for(model))
 
 
 # Two views of one model
@@ -539,8 +588,9 @@ def test_any_vision_transformer_as_naflex():
     assert not torch.allclose(evolved(x), dense(x))
     batch = patches_of(list(x), 8)
     torch.testing.assert_close(evolved(batch), evolved(x), rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="output_fmt must be 'NLC'"):
-        evolved.forward_intermediates(batch)
+    for args in ((batch,), (batch['patches'], None, False, False, False, 'NCHW', False, False, batch['patch_coord'])):
+        with pytest.raises(ValueError, match="output_fmt must be 'NLC'"):
+            evolved.forward_intermediates(*args)
 
 
 def test_naflex_trains():

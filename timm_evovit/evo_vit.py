@@ -232,7 +232,7 @@ class EvolvedNaFlexVit(EvolvedVit, NaFlexVit):
         return dict(in_chans=self.in_chans, global_pool=self.global_pool, **self.evolution_args)
 
     def _grid_size(self, x: Any) -> Tuple[int, int]:
-        if isinstance(x, dict):
+        if isinstance(x, dict) or x.ndim != 4:
             raise ValueError("output_fmt must be 'NLC' for patches with coordinates, whose grids differ, got 'NCHW'. "
                              'find_slow_tokens takes images.')
         return self.embeds.dynamic_feat_size(x.shape[-2:])

@@ -36,21 +36,22 @@ def falling_ratios(keep_ratio: float, starts: Sequence[int]) -> Tuple[float, ...
 
 def channel_weight(block: nn.Module) -> Any:
     """Weight (C,) of the norm that is the first layer of a block, None if another layer is."""
-    first: Any = next((m for m in block.modules() if m._parameters and not m._modules), nn.Identity())
-    offloaded = getattr(getattr(first, '_hf_hook', None), 'weights_map', None)  # by accelerate
-    weight = (offloaded or first._parameters).get('weight')
-    if weight is None or weight.ndim != 1:
+    found = ((n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear) or hasattr(m, 'weight'))
+    name, first = next(found, ('', block))
+    weight: Any = None if isinstance(first, nn.Linear) else getattr(first, 'weight', None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
         return None
-    return weight.full_tensor() if hasattr(weight, 'full_tensor') else weight  # whole, if the model is sharded
+    for owner, key in (first, 'weight'), (block, f'{name}.weight'):  # accelerate may have offloaded it
+        weight = (getattr(getattr(owner, '_hf_hook', None), 'weights_map', None) or {}).get(key, weight)
+    if weight.shape != getattr(first, 'normalized_shape', weight.shape):
+        raise RuntimeError(f'{name}.weight must be whole, as FSDP2 keeps it, got {weight.shape} of {first}.')
+    return weight.full_tensor() if hasattr(weight, 'full_tensor') else weight  # of all shards
 
 
 def checkerboard(position: torch.Tensor, width: int) -> torch.Tensor:
-    """Positions (n,) of a grid in an order in which black and white fields alternate: the two sides of the matching.
-
-    In every second row neighbours change places, unless the rows of the raster alternate by themselves.
-    """
+    """Positions (n,) of a grid, ordered so that black and white fields alternate: the two sides of the matching."""
     whole = position // 2 * 2 + 1 < position.shape[0]
-    moves = position // width % 2 * (1 - width % 2) * whole
+    moves = position // width % 2 * (1 - width % 2) * whole  # neighbours change places in every second row
     return position + moves * (1 - position % 2 * 2)
 
 
@@ -155,8 +156,8 @@ def group_tokens(
     even, odd = place[::2], place[1::2]  # the two sides of the matching
     sides = [x.detach().index_select(1, side).to(dtype) for side in [even, odd]]
     # not the weight of a norm inside attention
-    if channel_weight is not None and channel_weight.shape[0] == C and channel_weight.is_meta == x.is_meta:
-        sides = [side.mul_(channel_weight.detach().to(side)) for side in sides]
+    if channel_weight is not None and channel_weight.shape[0] == C:
+        sides = [side * channel_weight.detach().to(side) for side in sides]
     partner, cost = match_tokens(sides[0], sides[1], sizes.index_select(1, even), sizes.index_select(1, odd), padded)
     if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         cost, order = cost.sort(dim=1)  # exporters to ONNX know no stable sort, and that of ONNX is stable
@@ -215,8 +216,7 @@ def group_tokens(
 def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
     """Rotary embeddings (B, heads or 1, M, d), by index (B, M), of (B or 1, heads or 1, n, d) or fewer dimensions."""
     for_all = rope.ndim < 4
-    while rope.ndim < 4:
-        rope = rope.unsqueeze(0)
+    rope = rope[(None,) * (4 - rope.ndim)]
     rows = rope.transpose(1, 2).flatten(2)
     taken = F.embedding(patch_idx, rows[0]) if for_all else take_tokens(
         rows.expand(patch_idx.shape[0], -1, -1), patch_idx)
@@ -278,12 +278,11 @@ class TokenGroups:
 
         It is the number of patches that share the slow token (ToMe section 3, 'proportional attention').
         """
-        weights = self.weights
         if self.num_valid is None:
-            logarithm = weights.log()
+            logarithm = self.weights.log()
         else:
-            ignored = weights[:, 1:] == 0  # their gradient would be no number
-            logarithm = weights[:, 1:].masked_fill(ignored, 1).log().masked_fill(ignored, -math.inf)
+            ignored = self.weights[:, 1:] == 0  # their gradient would be no number
+            logarithm = self.weights[:, 1:].masked_fill(ignored, 1).log().masked_fill(ignored, -math.inf)
         return align_rows(logarithm.to(x.dtype).unsqueeze(2))
 
     def slow_tokens(self, block: int) -> SlowTokens:
