@@ -39,6 +39,7 @@ def channel_weight(block: nn.Module) -> Any:
     found = ((n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear) or hasattr(m, 'weight'))
     name, first = next(found, ('', block))
     weight: Any = None if isinstance(first, nn.Linear) else getattr(first, 'weight', None)
+    weight = dict(first.named_parameters(recurse=False)).get('weight', weight)  # getattr gives a proxy under FX
     if not isinstance(weight, torch.Tensor) or weight.ndim != 1:
         return None
     for owner, key in (first, 'weight'), (block, f'{name}.weight'):  # accelerate may have offloaded it
@@ -216,7 +217,7 @@ def group_tokens(
 def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
     """Rotary embeddings (B, heads or 1, M, d), by index (B, M), of (B or 1, heads or 1, n, d) or fewer dimensions."""
     for_all = rope.ndim < 4
-    rope = rope[(None,) * (4 - rope.ndim)]
+    rope = rope.reshape([1] * (4 - rope.ndim) + list(rope.shape))
     rows = rope.transpose(1, 2).flatten(2)
     taken = F.embedding(patch_idx, rows[0]) if for_all else take_tokens(
         rows.expand(patch_idx.shape[0], -1, -1), patch_idx)
