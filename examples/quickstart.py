@@ -61,7 +61,9 @@ def seconds(function, *args):
 def main():
     args = parser.parse_args()
     dense, evo, model_args, epochs = MODELS[args.model]
-    epochs = args.epochs or epochs
+    epochs = epochs if args.epochs is None else args.epochs
+    if epochs < 1:
+        parser.error(f'--epochs must be 1 or more, got {epochs}')
     cfg = dict(input_size=(3, model_args['img_size'], model_args['img_size']), mean=(0.5,) * 3, std=(0.5,) * 3,
                crop_pct=1.0, interpolation='bicubic')
     digits = args.output / 'digits'

@@ -120,6 +120,8 @@ def test_dense_features(tmp_path, name, args, indices, shapes):
      '--calibrate nowhere: there is no such folder'),
     (['export_onnx.py', 'evo_deit_tiny', '--batch-size', 0], '--batch-size must be 1 or more, got 0'),
     (['finetune.py', '--data-dir', '.', '--epochs', 0], '--epochs must be 1 or more, got 0'),
+    (['export_onnx.py', 'evo_deit_tiny', '--use-ema'], '--use-ema must be left out without a --checkpoint, got True'),
+    (['quickstart.py', '--epochs', 0], '--epochs must be 1 or more, got 0'),
     (['dense_features.py', '--model', 'evo_levit_128s', '--out-indices', 3],
      '--out-indices: feature index 3 is out of range (0 to 2)'),
 ])

@@ -27,7 +27,6 @@ from .visualize import find_images, visualize
 
 def _create(args: argparse.Namespace) -> Any:
     """The model that the command line describes."""
-    check(bool(args.checkpoint) or not args.use_ema, '--use-ema', 'left out without a --checkpoint', args.use_ema)
     model = load_model(args.model, args.pretrained, args.checkpoint, args.use_ema, vars(args), **args.model_kwargs)
     if not args.checkpoint and not args.pretrained:
         print('timm-evovit: the weights are random; --pretrained or --checkpoint give others', file=sys.stderr)
