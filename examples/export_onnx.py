@@ -7,8 +7,8 @@
     python examples/export_onnx.py evo_deit_small_patch16_224 --pretrained --output model.xml
 
 The name of --output says for which runtime: `.onnx` for ONNX Runtime, `.xml` for OpenVINO. Files take any batch size,
-and any height and width if the model does, as with `--model-kwargs dynamic_img_size=True` (OpenVINO converts neither
-learned position embeddings nor evolved models of any size). --int8 writes a second file,
+and any height and width if the model does, as with `--model-kwargs dynamic_img_size=True` (for OpenVINO
+only dense models without learned position embeddings can). --int8 writes a second file,
 `*.int8.onnx` or `*.int8.xml`, with matrix products in 8 bits: with --calibrate the ranges of activations are those of
 pictures in a folder, without it ONNX Runtime finds them for each batch. Metadata say how to prepare pictures and, where
 the model knows it, what its classes are called.

@@ -136,10 +136,11 @@ def test_models_that_differ_in_a_norm():
     torch.testing.assert_close(torch.func.vmap(run)(weights), torch.stack([run(weight) for weight in weights]))
 
 
-def test_a_part_of_the_norms_weight_is_refused():
+@pytest.mark.parametrize('name, value', [('weight', nn.Parameter(torch.ones(0))), ('_fsdp_use_orig_params', False)])
+def test_a_norm_whose_weight_fsdp1_has_freed_is_refused(name, value):
     model = evolve(build_kind(), 0.5)
-    model.blocks[0].norm1.weight = nn.Parameter(torch.ones(0))
-    with pytest.raises(RuntimeError, match=r'norm1.weight must be whole, as FSDP2 keeps it, got .*\[0\]\) of LayerNorm'):
+    setattr(model.blocks[0].norm1, name, value)
+    with pytest.raises(RuntimeError, match=r'norm1.weight must be whole, as FSDP2 keeps it, got a part of that of LayerNorm'):
         model(images_for(model))
 
 
@@ -588,9 +589,9 @@ def test_any_vision_transformer_as_naflex():
     assert not torch.allclose(evolved(x), dense(x))
     batch = patches_of(list(x), 8)
     torch.testing.assert_close(evolved(batch), evolved(x), rtol=0, atol=1e-12)
-    for args in ((batch,), (batch['patches'], None, False, False, False, 'NCHW', False, False, batch['patch_coord'])):
+    for args in (dict(x=batch), dict(x=batch['patches'], patch_coord=batch['patch_coord'])):
         with pytest.raises(ValueError, match="output_fmt must be 'NLC'"):
-            evolved.forward_intermediates(*args)
+            evolved.forward_intermediates(**args)
 
 
 def test_naflex_trains():

@@ -44,8 +44,9 @@ def channel_weight(block: nn.Module) -> Any:
         return None
     for owner, key in (first, 'weight'), (block, f'{name}.weight'):  # accelerate may have offloaded it
         weight = (getattr(getattr(owner, '_hf_hook', None), 'weights_map', None) or {}).get(key, weight)
-    if weight.shape != getattr(first, 'normalized_shape', weight.shape):
-        raise RuntimeError(f'{name}.weight must be whole, as FSDP2 keeps it, got {weight.shape} of {first}.')
+    freed = not getattr(first, '_fsdp_use_orig_params', True)  # by FSDP1: to read it would end the process
+    if freed or weight.shape != getattr(first, 'normalized_shape', weight.shape):
+        raise RuntimeError(f'{name}.weight must be whole, as FSDP2 keeps it, got a part of that of {first}.')
     return weight.full_tensor() if hasattr(weight, 'full_tensor') else weight  # of all shards
 
 
@@ -156,8 +157,7 @@ def group_tokens(
     place = position[P:] if width is None else P + checkerboard(position[:n], width)
     even, odd = place[::2], place[1::2]  # the two sides of the matching
     sides = [x.detach().index_select(1, side).to(dtype) for side in [even, odd]]
-    # not the weight of a norm inside attention
-    if channel_weight is not None and channel_weight.shape[0] == C:
+    if channel_weight is not None and channel_weight.shape[0] == C:  # not the weight of a norm inside attention
         sides = [side * channel_weight.detach().to(side) for side in sides]
     partner, cost = match_tokens(sides[0], sides[1], sizes.index_select(1, even), sizes.index_select(1, odd), padded)
     if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
