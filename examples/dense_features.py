@@ -54,10 +54,15 @@ def rectangles(batch_size, size, device):
 
 def main():
     args = parser.parse_args()
+    for option, least in ('num_classes', 2), ('steps', 1), ('batch_size', 1), ('lr', 0):
+        if not vars(args)[option] >= least:  # or it is no number
+            parser.error(f"--{option.replace('_', '-')} must be {least} or more, got {vars(args)[option]}")
     try:
         model = Segmenter(args.model, args.pretrained, args.out_indices, args.num_classes).to(args.device)
     except AssertionError as e:  # timm's, with the indices that there are
         parser.error(f'--out-indices: {e}')
+    except (OSError, RuntimeError, ValueError) as e:
+        parser.error(str(e))
     size = model.backbone.pretrained_cfg['input_size'][-1]
     images, labels = rectangles(args.batch_size, size, args.device)
     for index, features in zip(model.backbone.feature_info.out_indices, model.backbone(images)):

@@ -52,8 +52,9 @@ parser.add_argument('--output', type=Path, default=Path('output/finetune'))
 
 def main():
     args = parser.parse_args()
-    if args.epochs < 1:
-        parser.error(f'--epochs must be 1 or more, got {args.epochs}')
+    for option, least in ('epochs', 1), ('batch_size', 1), ('workers', 0), ('lr', 0), ('weight_decay', 0):
+        if not vars(args)[option] >= least:  # or it is no number
+            parser.error(f"--{option.replace('_', '-')} must be {least} or more, got {vars(args)[option]}")
     for folder in (args.data_dir / 'train', args.data_dir / 'validation'):
         if not folder.is_dir():
             parser.error(f'--data-dir {args.data_dir}: there is no folder {folder}')
@@ -84,13 +85,15 @@ def main():
         model = model if hasattr(model, 'set_keep_ratio') else evolve(model)
         if args.keep_ratio is not None:
             model.set_keep_ratio(args.keep_ratio)
+        model.to(args.device)
+        args.output.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError, TypeError, ValueError) as e:
         parser.error(str(e))
     if not args.pretrained and not args.checkpoint:
         print('The weights are random; --pretrained or --checkpoint give others.')
     if model.num_classes != len(classes):
         model.reset_classifier(len(classes))
-    model.to(args.device)
+        model.to(args.device)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     if getattr(model, 'assisted_cls', False):  # the paper's loss: mean of the losses of the patches and the class token
         model.set_assisted_training()
@@ -115,7 +118,6 @@ def main():
     amp = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp)
 
     best = -1.
-    args.output.mkdir(parents=True, exist_ok=True)
     for epoch in range(args.epochs):
         model.train()
         for i, (images, target) in enumerate(tqdm(train, f'epoch {epoch}', disable=None)):

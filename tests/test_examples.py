@@ -101,6 +101,21 @@ def test_export_onnx(digits, tmp_path, name, kwargs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('args, right', [
+    (['base=vit_small_patch16_dinov3', 'depth=2', 'embed_dim=48', 'num_heads=3'], True),
+    (['base=vit_tiny_patch16_224', 'img_size=96', 'depth=2'], False)])  # OpenVINO resamples its position embeddings otherwise
+def test_export_to_openvino(digits, tmp_path, args, right):
+    """With dynamic height and width. Logits that differ at another size than the model's are found."""
+    for package in ('openvino', 'nncf'):
+        pytest.importorskip(package, reason=f'{package} is not installed')
+    log = run(EXAMPLES / 'export_onnx.py', 'evo_vit', '--model-kwargs', *args, 'dynamic_img_size=True', '--int8', '--calibrate',
+              digits, '--num-pictures', 2, '--batch-size', 1, '--output', 'm.xml', cwd=tmp_path, fails=not right)
+    errors = [float(e) for e in re.findall(r'logits within (\S+) of PyTorch', log)]
+    assert len(errors) == 4 and (max(errors[:2]) < 1e-4) == right and ('m.xml: its logits are not those' in log) != right
+    assert (tmp_path / 'm.int8.xml').exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('name, args, indices, shapes', [
     ('evo_deit_tiny', ['--out-indices', 3, 11], [3, 11], ['(2, 192, 14, 14)'] * 2),
     ('evo_levit_128s', [], [0, 1, 2], ['(2, 128, 14, 14)', '(2, 256, 7, 7)', '(2, 384, 4, 4)']),
@@ -120,6 +135,10 @@ def test_dense_features(tmp_path, name, args, indices, shapes):
      '--calibrate nowhere: there is no such folder'),
     (['export_onnx.py', 'evo_deit_tiny', '--batch-size', 0], '--batch-size must be 1 or more, got 0'),
     (['finetune.py', '--data-dir', '.', '--epochs', 0], '--epochs must be 1 or more, got 0'),
+    (['finetune.py', '--data-dir', '.', '--batch-size', -1], '--batch-size must be 1 or more, got -1'),
+    (['finetune.py', '--data-dir', '.', '--lr', 'nan'], '--lr must be 0 or more, got nan'),
+    (['dense_features.py', '--num-classes', 1], '--num-classes must be 2 or more, got 1'),
+    (['dense_features.py', '--model', 'nosuch'], 'Unknown model (nosuch)'),
     (['export_onnx.py', 'evo_deit_tiny', '--use-ema'], '--use-ema must be left out without a --checkpoint, got True'),
     (['quickstart.py', '--epochs', 0], '--epochs must be 1 or more, got 0'),
     (['dense_features.py', '--model', 'evo_levit_128s', '--out-indices', 3],
