@@ -315,8 +315,8 @@ def test_what_it_prints_gives_the_accuracy_of_the_table(command, digits, tmp_pat
     assert accuracy(output, target)[0].item() == pytest.approx(chosen['top1'])
     if 'TIMM_REPO' in os.environ:
         run(TIMM_REPO / 'validate.py', *shlex.split(arguments),
-            '--checkpoint', tmp_path / 'model.pth', '--data-dir', digits, '--device', 'cpu', '--results-file',
-            tmp_path / 'validate.json', '--results-format', 'json', '-b', 16, '-j', 1, cwd=tmp_path)
+            '--data-dir', digits, '--device', 'cpu', '--results-file', tmp_path / 'validate.json', '--results-format',
+            'json', '-b', 16, '-j', 1, cwd=tmp_path)
         found = json.loads((tmp_path / 'validate.json').read_text())
         found = found[0] if isinstance(found, list) else found
         assert found['top1'] == pytest.approx(chosen['top1'], abs=1.7)  # its prefetcher rounds
@@ -361,6 +361,8 @@ def test_without_matplotlib(command, digits, tmp_path, monkeypatch):
     (['--dataset', 'wds/some'], "--dataset must be torch/NAME or hfds/NAME, got 'wds/some'"),
     (['--keep-ratio', '0.5', '0'], 'keep_ratio must be in (0, 1], got 0'),
     (['--limit', '0'], '--limit must be 1 or more, got 0'),
+    (['--max-drop', 'nan'], '--max-drop must be 0 or more, got nan'),
+    (['--model-kwargs', 'features_only=True'], 'features_only must be left out, got True'),
     (['--checkpoint', 'missing.pth'], 'missing.pth'),
     (['--output', 'map.txt'], 'map.txt'),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')

@@ -40,8 +40,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _visualize(args: argparse.Namespace) -> int:
     paths = list(dict.fromkeys(path for name in args.images for path in find_images(name, args.output)))
     model = _create(args)
-    if not hasattr(model, 'forward_slow_tokens'):
-        model = evolve(model)
+    model = model if hasattr(model, 'forward_slow_tokens') else evolve(model)
     args.output.mkdir(parents=True, exist_ok=True)
     names: Set[str] = set()
     for path, drawing in tqdm(visualize(model, paths), total=len(paths), unit='image', disable=None):
@@ -78,25 +77,25 @@ def _find_pictures(args: argparse.Namespace, model: Any, data: Dict[str, Any]) -
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    for option, value in ('--limit', 1 if args.limit is None else args.limit), ('--rounds', args.rounds):
-        check(value > 0, option, '1 or more', value)
+    args.max_drop = (5. if args.no_labels else 1.) if args.max_drop is None else args.max_drop
+    check(args.limit is None or args.limit > 0, '--limit', '1 or more', args.limit)
+    check(args.rounds > 0, '--rounds', '1 or more', args.rounds)
+    check(args.max_drop >= 0, '--max-drop', '0 or more', args.max_drop)
     model = _create(args)
     check(model.num_classes > 0, 'num_classes', '1 or more', model.num_classes)
     data, evolves = resolve_model_data_config(model), hasattr(model, 'set_keep_ratio')
     model = model if evolves else evolve(model)
-    args.keep_ratio = args.keep_ratio or model.train_keep_ratio or (0.9, 0.7, 0.5, 0.3)
-    ratios = sorted({1., *args.keep_ratio}, reverse=True)
+    ratios = sorted({1., *(args.keep_ratio or model.train_keep_ratio or (0.9, 0.7, 0.5, 0.3))}, reverse=True)
     for ratio in ratios:
         model.set_keep_ratio(ratio)  # a wrong one is refused before the work
     loader = DataLoader(_find_pictures(args, model, data), args.batch_size, num_workers=args.workers)
     batch = torch.randn(args.batch_size, *data['input_size'], device=args.device)
     amp_dtype = getattr(torch, args.amp_dtype) if args.amp_dtype else None
-    args.max_drop = (5. if args.no_labels else 1.) if args.max_drop is None else args.max_drop
     args.output.mkdir(parents=True, exist_ok=True)
     rows = sweep(model, ratios, loader, batch, not args.no_labels, args.rounds, amp_dtype)
     report = {k: v for k, v in vars(args).items() if k not in ('run', 'output')}
     report.update(num_classes=model.num_classes, input_size=data['input_size'], images=len(loader.dataset), rows=rows)
-    report.update(evolves=evolves, chosen=choose(rows, args.max_drop))
+    report.update(keep_ratio=ratios, evolves=evolves, chosen=choose(rows, args.max_drop))
     print(f'\n{table(rows)}\n\n{describe(report)}')
     (args.output / 'sweep.json').write_text(json.dumps(report, indent=1, default=str) + '\n', encoding='utf-8')
     try:

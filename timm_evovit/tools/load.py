@@ -75,6 +75,7 @@ def load_model(
     size and channels. Raises ValueError if the checkpoint is no file of weights that fit the model.
     """
     check(not Path(name).is_file(), 'The model', 'a name, weights are given by --checkpoint', name)
+    check(not kwargs.get('features_only'), 'features_only', 'left out', True)
     check(bool(checkpoint) or not use_ema, '--use-ema', 'left out without a --checkpoint', use_ema)
     weights = read_weights(checkpoint, use_ema) if checkpoint else {}
     size = {'input_size': (3, *to_2tuple(kwargs['img_size']))} if 'img_size' in kwargs else {}

@@ -153,8 +153,8 @@ def describe(report: Dict[str, Any]) -> str:
         name, use, base = 'evo_vit', 'model = timm_evovit.evolve(model, keep_ratio=', {'base': name}
     kwargs = {**base, **report['model_kwargs'], 'keep_ratio': ratio}
     settings = {**report, 'gp': kwargs.pop('global_pool', None)}  # what timm's scripts take as options of their own
-    options = [name, *(['--pretrained'] if report['pretrained'] else [])]
-    for key in ('num_classes', 'input_size', 'gp', 'crop_pct', 'interpolation', 'mean', 'std'):
+    options = [name, *('--' + key.replace('_', '-') for key in ('pretrained', 'use_ema') if report[key])]
+    for key in ('checkpoint', 'num_classes', 'input_size', 'gp', 'crop_pct', 'interpolation', 'mean', 'std'):
         if settings[key] is not None:
             options += ['--' + key.replace('_', '-'), *map(str, np.atleast_1d(settings[key]))]
     kwargs = {k: v for k, v in kwargs.items() if k not in ('num_classes', 'in_chans')}
