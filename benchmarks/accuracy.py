@@ -39,6 +39,8 @@ VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'dense-map': (
         DEIT, {'global_pool': 'map', 'class_token': False}, "timm's DeiT, attention pooling, no class token"),
     'dense-4-blocks': (DEIT, {'depth': 4}, "timm's DeiT with half of the blocks"),
+    'dense-48-channels': (DEIT, {'embed_dim': 48, 'num_heads': 3}, "timm's DeiT of three quarters of the width"),
+    'dense-32-channels': (DEIT, {'embed_dim': 32, 'num_heads': 2}, "timm's DeiT of half the width"),
     'dense-24-pixels': (DEIT, {'img_size': 24}, "timm's DeiT on smaller pictures, 24 pixels of 32"),
     'evo-stage': (EVO_DEIT, {}, 'Evo-DeiT, stage-wise selection, assisted loss'),
     'evo-layer-to-stage': (EVO_DEIT, {}, 'Evo-DeiT, layer-to-stage training, assisted loss'),

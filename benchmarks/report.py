@@ -43,7 +43,7 @@ RUNTIMES = {  # of files, by how their names end
 LINES = {  # of the plot of accuracy.py, by what they are called
     'similarity, trained at each keep ratio': ('dense', *(f'evo-similarity@{r}' for r in (0.4, 0.3, 0.2))),
     'similarity, one model for all': tuple(f'evo-elastic{r}' for r in ('@1', '@0.7', '@0.5', '', '@0.3')),
-    'dense, smaller models and pictures': ('dense', 'dense-24-pixels', 'dense-4-blocks'),
+    'dense, smaller models and pictures': ('dense', 'dense-48-channels', 'dense-24-pixels', 'dense-32-channels', 'dense-4-blocks'),
     "class attention, the paper's": ('evo-stage@1', 'evo-stage@0.7', 'evo-stage')}
 SPEED_UP = '**{speed_up:.2f}** ({speed_up_min:.2f} - {speed_up_max:.2f})'
 LOST = '{lost:.2f} ± {lost_error:.2f}'
