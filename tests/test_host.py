@@ -119,8 +119,11 @@ def peak_memory(model, x):
     return max(accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
 
 
-def test_less_memory_than_the_dense_model():
-    """Only what restoration reads is kept until the end, not the slow tokens of each stage."""
-    dense = timm.create_model('vit_tiny_patch16_224', img_size=96, patch_size=8, depth=8).eval()
+@pytest.mark.parametrize('name', [
+    'vit_tiny_patch16_224', 'eva02_tiny_patch14_224', 'vit_small_patch16_dinov3', 'naflexvit_base_patch16_gap'])
+def test_less_memory_than_the_dense_model(name):
+    """Only what restoration reads is kept until the end, not the slow tokens of each stage nor the complete sequence."""
+    size = {} if 'naflex' in name else dict(img_size=96)
+    dense = timm.create_model(name, patch_size=8, depth=12, embed_dim=96, num_heads=6, **size).eval()
     x = torch.randn(2, 3, 96, 96)
     assert peak_memory(evolve(dense), x) < peak_memory(dense, x)

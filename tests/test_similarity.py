@@ -123,6 +123,6 @@ def test_any_ratio_leaves_one_token_at_least(ratio):
             return x + 1
 
     seen, x = [], random_tokens(2, 10, 4)
-    out, _ = run_blocks([Block()], x, {0: as_fraction(ratio)}, 1)
+    out, _ = run_blocks([Block()], [x], {0: as_fraction(ratio)}, 1)
     assert seen == [1 + max(1, int(9 * ratio))]
     torch.testing.assert_close(out, x + 1)  # every patch gets what its slow token got

@@ -138,14 +138,14 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         self._reset_cls_head()
 
-    def _run_blocks(self, x: torch.Tensor, rope: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Any:
+    def _run_blocks(self, tokens: List[Any], rope: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Any:
         if self.by_similarity:
-            return super()._run_blocks(x, rope, num_blocks, **kwargs)
+            return super()._run_blocks(tokens, rope, num_blocks, **kwargs)
         evo_vit.check_no_mask(kwargs.get('attn_mask'), kwargs.get('is_causal', False))
         state = attention.EvolutionState(
-            self._draw_schedule(x), self.tradeoff, self.num_prefix_tokens, self.representative_token,
+            self._draw_schedule(tokens[0]), self.tradeoff, self.num_prefix_tokens, self.representative_token,
             self.grad_checkpointing, kwargs.get('take_indices', ()), kwargs.get('slow_tokens'))
-        return attention.run_blocks(list(self.blocks)[:num_blocks], x, state), state.intermediates
+        return attention.run_blocks(list(self.blocks)[:num_blocks], tokens.pop(), state), state.intermediates
 
     def forward_head(
             self, x: torch.Tensor, pre_logits: bool = False,

@@ -105,13 +105,13 @@ class EvolvingVit(EvolvingModel):
         """Image (B, in_chans, H, W) to tokens (B, N, C), and the rotary embedding of the patches."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))), None
 
-    def _run_blocks(self, x: Any, rope: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Tuple[Any, List[Any]]:
+    def _run_blocks(self, tokens: List[Any], rope: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Any:
         """`similarity.run_blocks` with the first blocks, and what this model knows."""
         if isinstance(kwargs.get('is_causal'), torch.fx.Proxy):  # FX traces also masks that are not given
             check_no_mask(kwargs.pop('attn_mask'), kwargs.pop('is_causal'))
         mixed = rope is not None and (getattr(self, 'rope_mixed', False) or getattr(self, 'rope_is_mixed', False))
         return similarity.run_blocks(
-            list(self.blocks)[:num_blocks], x, self._draw_schedule(x), self.num_prefix_tokens, rope, mixed,
+            list(self.blocks)[:num_blocks], tokens, self._draw_schedule(tokens[0]), self.num_prefix_tokens, rope, mixed,
             grad_checkpointing=self.grad_checkpointing, **kwargs)
 
     def _grid_size(self, x: Any) -> Tuple[int, int]:
@@ -120,8 +120,8 @@ class EvolvingVit(EvolvingModel):
     def _run(self, x: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Tuple[Any, List[torch.Tensor], Any]:
         """Input to tokens (B, N, C), those after each block of `take_indices`, and the patches that are no padding."""
         grid_size = self._grid_size(x) if hasattr(self.patch_embed, 'dynamic_feat_size') else None
-        x, rope = self._embed(x)
-        return *self._run_blocks(x, rope, num_blocks, grid_size=grid_size, **kwargs), None
+        *tokens, rope = self._embed(x)
+        return *self._run_blocks(tokens, rope, num_blocks, grid_size=grid_size, **kwargs), None
 
     def forward_features(
             self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False) -> Any:
@@ -244,15 +244,16 @@ class EvolvedNaFlexVit(EvolvedVit, NaFlexVit):
             patch_coord, patch_valid = x['patch_coord'], x.get('patch_valid', patch_valid)
             attn_mask, x = x.get('attn_mask', attn_mask), x['patches']
         embeds: Dict[str, Any] = self._forward_embeds(x, patch_coord, patch_valid, attn_mask)
-        x, rope, valid, keep = (embeds.get(k) for k in ('patches', 'rope_embeds', 'patch_valid', 'keep_indices'))
+        rope, valid, keep = map(embeds.get, ('rope_embeds', 'patch_valid', 'keep_indices'))
+        tokens = [embeds.pop('patches')]
         if self.rope_is_mixed and rope is not None:
             rope = list(rope)
             if keep is not None:
                 rope = [apply_keep_indices_nlc(x, r, keep, pos_embed_has_batch=patch_coord is not None) for r in rope]
         if attn_mask is None and valid is not None:
             kwargs['key_mask'] = create_attention_mask(
-                valid, num_prefix_tokens=self.num_prefix_tokens, symmetric=False, q_len=1, dtype=x.dtype)
-        return *self._run_blocks(x, rope, num_blocks, attn_mask=embeds['attn_mask'], **kwargs), valid
+                valid, num_prefix_tokens=self.num_prefix_tokens, symmetric=False, q_len=1, dtype=tokens[0].dtype)
+        return *self._run_blocks(tokens, rope, num_blocks, attn_mask=embeds['attn_mask'], **kwargs), valid
 
     def forward_features(  # type: ignore[override]
             self, patches: torch.Tensor, patch_coord: Optional[torch.Tensor] = None,

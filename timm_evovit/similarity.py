@@ -304,22 +304,21 @@ class TokenGroups:
 
 
 def run_blocks(
-        blocks: Iterable[nn.Module], x: torch.Tensor, stages: Dict[int, Tuple[int, int]], num_prefix_tokens: int,
-        rope: Any = None, rope_per_block: bool = False, attn_mask: Optional[torch.Tensor] = None,
-        is_causal: bool = False, key_mask: Optional[torch.Tensor] = None, grad_checkpointing: bool = False,
-        take_indices: Sequence[int] = (), slow_tokens: Optional[List[SlowTokens]] = None,
-        grid_size: Optional[Tuple[int, int]] = None,
+        blocks: Iterable[nn.Module], tokens: List[torch.Tensor], stages: Dict[int, Tuple[int, int]],
+        num_prefix_tokens: int, rope: Any = None, rope_per_block: bool = False,
+        attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False, key_mask: Optional[torch.Tensor] = None,
+        grad_checkpointing: bool = False, take_indices: Sequence[int] = (),
+        slow_tokens: Optional[List[SlowTokens]] = None, grid_size: Optional[Tuple[int, int]] = None,
 ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
     """Run the blocks of a Vision Transformer on groups of like tokens.
 
     Args:
         blocks: Called as `block(x, attn_mask=..., rope=...)` with what there is, as timm's blocks are.
-        x: Tokens (B, N, C).
+        tokens: List of the tokens (B, N, C). It is emptied, so that nothing keeps them while the blocks run.
         stages: First block of each stage, ascending, and its ratio of slow tokens to patches. A lower ratio than that
             of the stage before groups its slow tokens, a higher one starts from the complete sequence.
         rope: Rotary embedding of the patches as timm's blocks take it, or with `rope_per_block` one for each block.
-        attn_mask, is_causal: Mask of the blocks before the first stage. With stages it must be one of keys.
-        key_mask: The mask of keys, where `attn_mask` is not one itself.
+        attn_mask, is_causal: Mask of the blocks before the first stage. With stages, it or `key_mask` must be of keys.
         grad_checkpointing: Recompute each block in the backward pass.
         take_indices: Blocks whose output is returned, restored to the complete sequence.
         slow_tokens: List that receives the groups of each stage, (B, n).
@@ -332,6 +331,7 @@ def run_blocks(
     """
     dense_args: Dict[str, Any] = {} if attn_mask is None else {'attn_mask': attn_mask}
     dense_args.update({'is_causal': True} if is_causal else {})
+    args, intermediates, x = dense_args, [], tokens.pop()
     if all(ratio == (1, 1) for ratio in stages.values()):
         key_mask = None
     elif dense_args and key_mask is None:
@@ -342,7 +342,6 @@ def run_blocks(
         if len(shape) != 4 or shape[2:] != (1, x.shape[1]) or not (dtype == torch.bool or dtype.is_floating_point):
             raise ValueError(f'attn_mask must be a mask of keys, bool or float, (B or 1, heads or 1, 1, N), where '
                              f'tokens are grouped, and N is {x.shape[1]} here, got {shape}, {dtype}.')
-    args, intermediates = dense_args, []
     ratio, groups = (1, 1), TokenGroups(x, num_prefix_tokens, key_mask, grid_size)
     for i, block in enumerate(blocks):
         starts = i in stages and stages[i] != ratio
