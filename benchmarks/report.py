@@ -232,7 +232,8 @@ def accuracy_plot(rows: List[Row]) -> Figure:
     (variants,) = compare(rows).values()
     axis = Figure().add_subplot()
     timed = [v for v in variants if 'inference' in v]
-    for (label, names), marker, line in zip(LINES.items(), 'osDv^', ('-', '--', ':', (0, (5, 1)), '-.')):
+    styles = '-', '--', ':', (0, (5, 1)), '-.'
+    for (label, names), marker, line in zip(LINES.items(), 'osDv^', styles, strict=True):
         found = [(v['inference']['speed_up'], v['top1']) for v in timed if v['variant'] in names]
         means = sorted((speed_up, statistics.mean(top1)) for speed_up, top1 in found)
         axis.plot(*zip(*means), marker=marker, ls=line, ms=8, label=label)

@@ -40,7 +40,7 @@ parser.add_argument('--batch-size', type=int, default=8, help='of the comparison
 parser.add_argument('--output', type=Path, default=Path('model.onnx'), metavar='FILE', help='FILE.onnx or FILE.xml')
 
 
-def export_onnx(model, images, dynamic, path):
+def to_onnx(model, images, dynamic, path):
     torch.onnx.export(
         model, (images,), path, dynamo=True, verbose=False, external_data=False, input_names=['images'],
         output_names=['logits'], dynamic_shapes=({i: ('batch', '', 'height', 'width')[i] for i in dynamic},))
@@ -58,7 +58,7 @@ class OnnxRuntime:
         self.quantization, self.quant_pre_process = quantization, quant_pre_process
 
     def export(self, model, images, dynamic, path, info):
-        export_onnx(model, images, dynamic, path)
+        to_onnx(model, images, dynamic, path)
         self.describe(path, info)
 
     def quantize(self, path, small, pictures, info):
@@ -96,7 +96,7 @@ class OpenVino:
     def export(self, model, images, dynamic, path, info):
         with tempfile.TemporaryDirectory() as folder:  # it converts more models from ONNX than from PyTorch
             file = Path(folder) / 'model.onnx'
-            export_onnx(model, images, dynamic, file)
+            to_onnx(model, images, dynamic, file)
             self.save(self.openvino.convert_model(file), path, info)
 
     def quantize(self, path, small, pictures, info):

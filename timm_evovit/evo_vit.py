@@ -249,7 +249,7 @@ class EvolvedNaFlexVit(EvolvedVit, NaFlexVit):
         if self.rope_is_mixed and rope is not None:
             rope = list(rope)
             if keep is not None:
-                rope = [apply_keep_indices_nlc(x, r, keep, pos_embed_has_batch=patch_coord is not None) for r in rope]
+                rope = [apply_keep_indices_nlc(tokens[0], r, keep, patch_coord is not None) for r in rope]
         if attn_mask is None and valid is not None:
             kwargs['key_mask'] = create_attention_mask(
                 valid, num_prefix_tokens=self.num_prefix_tokens, symmetric=False, q_len=1, dtype=tokens[0].dtype)
