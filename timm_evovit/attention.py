@@ -206,8 +206,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: torch.Tensor, state: EvolutionSta
         x: Complete sequence (B, N, C).
         state: Updated.
 
-    Returns:
-        Complete sequence (B, N, C), in raster order.
+    Returns the complete sequence (B, N, C), in raster order.
     """
     P = state.num_prefix_tokens
     stage: Optional[Stage] = None

@@ -21,7 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from .slow_tokens import SlowTokens
-from .tokens import at_least_float32, larger, num_kept, take_tokens
+from .tokens import align_rows, at_least_float32, larger, num_kept, product, take_and_add, take_rope, take_tokens
+
+for _name in 'align_rows', 'take_and_add', 'take_rope':
+    torch.fx.wrap(_name)  # FX looks for them where they are called
 
 
 def falling_ratios(keep_ratio: float, starts: Sequence[int]) -> Tuple[float, ...]:
@@ -57,33 +60,6 @@ def checkerboard(position: torch.Tensor, width: int) -> torch.Tensor:
     return position + moves * (1 - position % 2 * 2)
 
 
-def product(a: torch.Tensor, b: torch.Tensor, base: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """a @ b, (B, n, m) and (B, m, C), with autocast off. It is added to `base` (B, n, C), in place, if there is one."""
-    if not torch.jit.is_scripting():  # its autocast takes a constant device only
-        device = 'cpu' if a.is_meta else a.device.type  # meta has no autocast
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return product(a, b, base)
-    return a.bmm(b) if base is None else base.baddbmm_(a, b)  # torch.export would guard the sizes of a @ b
-
-
-@torch.fx.wrap
-def take_and_add(x: torch.Tensor, token_idx: torch.Tensor, row_idx: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """Take tokens of x (B, N, C) by index (B, M), and add rows of `update` (B, R, C) to those at `row_idx` (B, R)."""
-    taken = take_tokens(x, token_idx).to(update.dtype)
-    B, M, C = taken.shape
-    by_product = x.device.type != 'cpu'  # which is deterministic on a GPU too
-    if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
-        by_product = True  # faster than what compilers and exporters make of the sum
-    if by_product:
-        adds = torch.arange(M, device=x.device).unsqueeze(1) == row_idx.unsqueeze(1)
-        taken = product(adds.to(update.dtype), update, taken)
-    else:
-        rows = row_idx + M * torch.arange(B, device=x.device).unsqueeze(1)
-        taken.view(B * M, C).index_add_(0, rows.flatten(), update.flatten(0, 1))
-    return taken.to(x.dtype)
-
-
 @torch.fx.wrap
 def match_tokens(
         tokens: torch.Tensor, others: torch.Tensor, sizes: torch.Tensor, other_sizes: torch.Tensor, padded: bool,
@@ -98,7 +74,7 @@ def match_tokens(
         sizes, other_sizes: Number of patches that each stands for, (B, n) and (B, m).
         padded: Those of size 0 are padding, which has an infinite cost.
 
-    Returns for each token the position of its partner, (B, n), and the cost.
+    Returns for each token the cost, (B, n), and the position of its partner.
     """
     length, other_length = [torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(1e-6) for x in [tokens, others]]
     cost = 1 - product(tokens, others.transpose(1, 2)) / length / other_length.transpose(1, 2)
@@ -107,15 +83,13 @@ def match_tokens(
         cost = cost.nan_to_num().masked_fill((sizes == 0).unsqueeze(2) | (other_sizes == 0).unsqueeze(1), math.inf)
     if not isinstance(others.shape[1], int) or others.shape[1] == 0:
         cost = F.pad(cost, [0, 1], value=math.inf)  # min fails on no column, and torch.export would guard against none
-    lowest, partner = cost.min(dim=2)
-    return partner, lowest
+    return cost.min(dim=2)
 
 
 class Grouping(NamedTuple):
     """How one round of matching divides a sequence: up to R tokens are joined to others.
 
-    It is undone by `take_and_add(slow tokens, slow_idx, changed_idx, restoration)`, after any number of blocks: each
-    token gets what they have added to its slow token.
+    It is undone by `take_and_add(slow tokens, slow_idx, changed_idx, restoration)`, also after blocks have run.
     """
     slow_idx: torch.Tensor  # (B, N) slow token of each token
     member_idx: torch.Tensor  # (B, M) for each slow token the token that others are joined to
@@ -159,7 +133,7 @@ def group_tokens(
     sides = [x.detach().index_select(1, side).to(dtype) for side in [even, odd]]
     if channel_weight is not None and channel_weight.shape[0] == C:  # not the weight of a norm inside attention
         sides = [side * channel_weight.detach().to(side) for side in sides]
-    partner, cost = match_tokens(sides[0], sides[1], sizes.index_select(1, even), sizes.index_select(1, odd), padded)
+    cost, partner = match_tokens(sides[0], sides[1], sizes.index_select(1, even), sizes.index_select(1, odd), padded)
     if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         cost, order = cost.sort(dim=1)  # exporters to ONNX know no stable sort, and that of ONNX is stable
     else:
@@ -211,23 +185,6 @@ def group_tokens(
     slow = take_and_add(x, member_idx, target_idx, change)
     restoration = torch.cat([token - take_tokens(slow, target_idx), -change], dim=1)
     return slow, slow_weights, Grouping(slow_idx, member_idx, changed_idx, restoration)
-
-
-@torch.fx.wrap
-def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
-    """Rotary embeddings (B, heads or 1, M, d), by index (B, M), of (B or 1, heads or 1, n, d) or fewer dimensions."""
-    for_all = rope.ndim < 4
-    rope = rope.reshape([1] * (4 - rope.ndim) + list(rope.shape))
-    rows = rope.transpose(1, 2).flatten(2)
-    taken = F.embedding(patch_idx, rows[0]) if for_all else take_tokens(
-        rows.expand(patch_idx.shape[0], -1, -1), patch_idx)
-    return taken.unflatten(2, (rope.shape[1], rope.shape[3])).transpose(1, 2)
-
-
-@torch.fx.wrap
-def align_rows(mask: torch.Tensor) -> torch.Tensor:
-    """With rows padded to a multiple of 8 in memory: fused attention on a GPU would copy the mask in every block."""
-    return mask if mask.device.type == 'cpu' else F.pad(mask, [0, 8 - mask.shape[3] % 8])[..., :mask.shape[3]]
 
 
 class TokenGroups:

@@ -1,10 +1,10 @@
-"""What both ways of finding slow tokens share: how many there are, and tokens by index.
+"""How many slow tokens there are, and operations on tokens by index.
 
 Shapes use B images, N tokens of which P are prefix tokens (class token first), n = N - P patches, C channels.
 """
 from fractions import Fraction
 from functools import cache
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch.nn import functional as F
@@ -38,3 +38,44 @@ def take_tokens(x: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
     """Tokens (B, M, C) of x (B, N, C), by index (B, M): faster on a CPU than gather or x[i, j]."""
     first = x.shape[1] * torch.arange(x.shape[0], device=x.device).unsqueeze(1)  # of each image
     return F.embedding(token_idx + first, x.flatten(0, 1))
+
+
+def product(a: torch.Tensor, b: torch.Tensor, base: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """a @ b, (B, n, m) and (B, m, C), with autocast off. It is added to `base` (B, n, C), in place, if there is one."""
+    if not torch.jit.is_scripting():  # its autocast takes a constant device only
+        device = 'cpu' if a.is_meta else a.device.type  # meta has no autocast
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return product(a, b, base)
+    return a.bmm(b) if base is None else base.baddbmm_(a, b)  # torch.export would guard the sizes of a @ b
+
+
+def take_and_add(x: torch.Tensor, token_idx: torch.Tensor, row_idx: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """Take tokens of x (B, N, C) by index (B, M), and add rows of `update` (B, R, C) to those at `row_idx` (B, R)."""
+    taken = take_tokens(x, token_idx).to(update.dtype)
+    B, M, C = taken.shape
+    by_product = x.device.type != 'cpu'  # which is deterministic on a GPU too
+    if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+        by_product = True  # faster than what compilers and exporters make of the sum
+    if by_product:
+        adds = torch.arange(M, device=x.device).unsqueeze(1) == row_idx.unsqueeze(1)
+        taken = product(adds.to(update.dtype), update, taken)
+    else:
+        rows = row_idx + M * torch.arange(B, device=x.device).unsqueeze(1)
+        taken.view(B * M, C).index_add_(0, rows.flatten(), update.flatten(0, 1))
+    return taken.to(x.dtype)
+
+
+def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
+    """Rotary embeddings (B, heads or 1, M, d), by index (B, M), of (B or 1, heads or 1, n, d) or fewer dimensions."""
+    for_all = rope.ndim < 4
+    rope = rope.reshape([1] * (4 - rope.ndim) + list(rope.shape))
+    rows = rope.transpose(1, 2).flatten(2)
+    taken = F.embedding(patch_idx, rows[0]) if for_all else take_tokens(
+        rows.expand(patch_idx.shape[0], -1, -1), patch_idx)
+    return taken.unflatten(2, (rope.shape[1], rope.shape[3])).transpose(1, 2)
+
+
+def align_rows(mask: torch.Tensor) -> torch.Tensor:
+    """With rows padded to a multiple of 8 in memory: fused attention on a GPU would copy the mask in every block."""
+    return mask if mask.device.type == 'cpu' else F.pad(mask, [0, 8 - mask.shape[3] % 8])[..., :mask.shape[3]]
