@@ -30,29 +30,31 @@ def time_in_turns(
         steps: Dict[Any, Callable[[], Any]], rounds: int, warmup: int = 2, seconds: float = 1.,
         device: Union[str, torch.device] = 'cpu',
 ) -> Dict[Any, List[float]]:
-    """Seconds per call of functions by name, in rounds, in which they take turns, forwards and backwards.
+    """Seconds per call of functions by name: the median of the calls of each round.
 
-    Each is called again in a round for `seconds` at least. Unless they work on the CPU, the host waits for the device
-    after ten calls only. The first `warmup` rounds do not count.
+    In a round they take turns, for `seconds` each or once, so that what else the machine does slows all of them. On a
+    GPU a turn is ten calls, after which the host waits. The first `warmup` rounds do not count.
     """
     device = torch.device(device)
     times: Dict[Any, List[float]] = {name: [] for name in steps}
-    at_once = 1 if device.type == 'cpu' else 10
+    at_once, order = 1 if device.type == 'cpu' else 10, list(steps)
 
     def now() -> float:
-        if device.type != 'cpu':
-            getattr(torch, device.type).synchronize()
+        getattr(torch, device.type).synchronize()
         return time.perf_counter()
 
     for i in tqdm(range(-warmup, rounds), 'speed', unit='round', disable=None):
-        for name in list(steps) if i % 2 == 0 else reversed(list(steps)):
-            calls, elapsed, start = 0, 0., now()
-            while not calls or elapsed < seconds:
+        calls: Dict[Any, List[float]] = {name: [] for name in steps}
+        end = now() + seconds * len(steps)
+        while not calls[order[0]] or now() < end:
+            order.reverse()
+            for name in order:
+                start = now()
                 for _ in range(at_once):
                     steps[name]()
-                calls, elapsed = calls + at_once, now() - start
-            if i >= 0:
-                times[name].append(elapsed / calls)
+                calls[name].append((now() - start) / at_once)
+        for name in steps if i >= 0 else ():
+            times[name].append(statistics.median(calls[name]))
     return times
 
 
