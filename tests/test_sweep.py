@@ -361,6 +361,7 @@ def test_without_matplotlib(command, digits, tmp_path, monkeypatch):
     (['--dataset', 'wds/some'], "--dataset must be torch/NAME or hfds/NAME, got 'wds/some'"),
     (['--keep-ratio', '0.5', '0'], 'keep_ratio must be in (0, 1], got 0'),
     (['--limit', '0'], '--limit must be 1 or more, got 0'),
+    (['--mean', '0.5', '0.4'], '--mean must be one value or one per channel, got [0.5, 0.4]'),
     (['--max-drop', 'nan'], '--max-drop must be 0 or more, got nan'),
     (['--model-kwargs', 'features_only=True'], 'features_only must be left out, got True'),
     (['--checkpoint', 'missing.pth'], 'missing.pth'),

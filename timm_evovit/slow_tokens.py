@@ -31,8 +31,7 @@ def find_slow_tokens(model: nn.Module, images: torch.Tensor) -> List[SlowTokens]
     Raises:
         TypeError: The model does not evolve tokens.
     """
-    if isinstance(model, FeatureGetterNet):
-        model = model.model
+    model = model.model if isinstance(model, FeatureGetterNet) else model
     if not hasattr(model, 'forward_slow_tokens'):  # a compiled model has it too
         raise TypeError(f'model must evolve, as that of timm_evovit.evolve(model) does, got {type(model).__name__}.')
     with eval_mode(model):

@@ -56,6 +56,8 @@ def load_exactly(model: nn.Module, weights: Dict[str, torch.Tensor], path: Union
 
 def data_config(model: Any, args: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
     """timm's data configuration of a model as it is built; `args` are options of timm's scripts that replace it."""
+    for name, values in ((k, v) for k, v in (args or {}).items() if k in ('mean', 'std') and v is not None):
+        check(len(values) in (1, getattr(model, 'in_chans', 3)), f'--{name}', 'one value or one per channel', values)
     data = resolve_data_config(args, model=model)
     sized = model if hasattr(model, 'img_size') else getattr(model, 'patch_embed', None)
     size = getattr(sized, 'img_size', None) if getattr(sized, 'strict_img_size', True) else None
