@@ -45,7 +45,7 @@ VARIANTS: Dict[str, Tuple[str, Dict[str, Any], str]] = {
     'evo-stage': (EVO_DEIT, {}, 'Evo-DeiT, stage-wise selection, assisted loss'),
     'evo-layer-to-stage': (EVO_DEIT, {}, 'Evo-DeiT, layer-to-stage training, assisted loss'),
     'evo-representative': (EVO_DEIT, {'representative_token': True}, 'Evo-DeiT, stage-wise, representative token'),
-    'evo-similarity': (EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.6}, 'Evo-DeiT, like patches share a slow token'),
+    'evo-similarity': (EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.6}, 'Evo-DeiT, similar patches share a slow token'),
     'evo-similarity-avg': (
         EVO_DEIT, {**SIMILARITY, 'keep_ratio': 0.4, 'global_pool': 'avg', 'assisted_cls': False},
         'evo-similarity with average readout'),

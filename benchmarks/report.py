@@ -279,6 +279,7 @@ def deploy_speed_plot(rows: List[Row]) -> Figure:
 def without_training_plot(rows: List[Row]) -> Figure:
     """Points of top-1 that trained models lose against measured speed-up, by method."""
     timed = {r['method']: r['speed_up'] for r in rows if 'speed_up' in r and not r['model'].startswith('dense')}
+    timed.update({k.replace(', fused', ''): v for k, v in timed.items() if ', fused' in k})  # as the other methods
     lost = [r for r in rows if 'lost' in r and r['method'] != 'dense' and r['method'] in timed]
     axis = Figure().add_subplot()
     axis.plot(1, 0, 'k*', ms=10, ls='', label='dense')

@@ -10,12 +10,12 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from torch import nn
 
 _logger = logging.getLogger(__name__)
-BY_SIMILARITY = 'grouped_by_similarity'  # key of the weights of an Evo-DeiT that groups like patches
+BY_SIMILARITY = 'grouped_by_similarity'  # key of the weights of an Evo-DeiT that groups similar patches
 OPTIONAL = ('norm_cls.', 'head_cls', 'tradeoff')  # weights of a class token branch or learned tradeoff
 
 
 def warn_by_attention(state_dict: Dict[str, Any], prefix: str = '') -> None:
-    """Warn of weights, for a model that groups like patches, that seem to be trained by class attention."""
+    """Warn of weights, for a model that groups similar patches, that seem to be trained by class attention."""
     keys = {prefix + BY_SIMILARITY, f'{prefix}norm_cls.weight', f'{prefix}epochs_started'} & {*state_dict}
     if keys and prefix + BY_SIMILARITY not in keys:
         _logger.warning(

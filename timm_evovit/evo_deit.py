@@ -53,7 +53,7 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
                 similarity as in `evolve`.
             stages: First block of each stage, ascending. Default: (4, 8) of 12 blocks, every second by similarity.
             train_keep_ratio: Keep ratios to train with, see `evolve`.
-            slow_tokens: Find slow tokens by class 'attention' (paper) or by 'similarity', where like patches share one.
+            slow_tokens: Find slow tokens by class 'attention' (paper), or by 'similarity': similar patches share one.
                 `representative_token`, `tradeoff`, `selection` and `layer_to_stage_epochs` are of the former only.
             tradeoff: Weight in [0, 1] of a block's class attention in the global class attention, one for all blocks
                 or one per block. Default: 1 before the first stage, 0.5 after.

@@ -38,7 +38,7 @@ def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
 
 
 class EvolvingVit(EvolvingModel):
-    """A Vision Transformer that groups like tokens, to be inherited from before its class.
+    """A Vision Transformer that groups similar tokens, to be inherited from before its class.
 
     Everything outside the blocks sees the complete patch grid in raster order. A loop of your own over the blocks,
     `for block in model.blocks: x = block(x)`, groups nothing.
@@ -331,7 +331,7 @@ def evolve(
         stages: Optional[Sequence[int]] = None,
         train_keep_ratio: Union[None, float, Sequence[float]] = None,
 ) -> EvolvedVit:
-    """Make a Vision Transformer of timm faster, without training: like patches share a slow token.
+    """Make a Vision Transformer of timm faster, without training: similar patches share a slow token.
 
     It returns another view of the same model, not a copy. Both share modules, parameters, buffers and hooks, and
     `train()`, `eval()`, gradient checkpointing, casting, moving, pruning or a new classifier of one are those of the
@@ -398,7 +398,7 @@ def evo_vit(
     """
     for name, value in OLD_ARGS.items():
         given = kwargs.pop(name, value)
-        check(given is None or given == value, name, 'left out: evo_vit groups like patches; Evo-DeiT has it', given)
+        check(given is None or given == value, name, 'left out: evo_vit groups similar patches; Evo-DeiT has it', given)
     evolution_args = {k: kwargs.pop(k) for k in EVOLUTION_ARGS if k in kwargs}
     cfg = resolve_pretrained_cfg('evo_vit', pretrained_cfg)
     source, name = parse_model_name(base)

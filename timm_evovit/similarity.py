@@ -1,6 +1,6 @@
 """Grouping by similarity: the method of `evolve`, on the unchanged blocks of a Vision Transformer.
 
-Like patches share one slow token, their mean. The blocks run on the slow tokens, and every patch receives what they
+Similar patches share one slow token, their mean. The blocks run on the slow tokens, and every patch receives what they
 have added to its slow token. Pairs are found by bipartite matching and weighted in attention as in ToMe
 (https://arxiv.org/abs/2210.09461). Unlike there, matching is on the tokens themselves, pairs are chosen by Ward's
 criterion, blocks are not changed, and the patch grid is restored after the last one.
@@ -267,7 +267,7 @@ def run_blocks(
         grad_checkpointing: bool = False, take_indices: Sequence[int] = (),
         slow_tokens: Optional[List[SlowTokens]] = None, grid_size: Optional[Tuple[int, int]] = None,
 ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-    """Run the blocks of a Vision Transformer on groups of like tokens.
+    """Run the blocks of a Vision Transformer on groups of similar tokens.
 
     Args:
         blocks: Called as `block(x, attn_mask=..., rope=...)` with what there is, as timm's blocks are.
