@@ -69,6 +69,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f"{', '.join(sorted(both))}: with --model-kwargs a model cannot be in --against as well")
     if args.reparam and args.train:
         parser.error('--reparam is for inference')
+    if args.blocks and (args.train or args.compile):
+        parser.error('--blocks is for inference without --compile')
     args.mode = 'train' if args.train else 'blocks' if args.blocks else 'inference'
     args.models = list(dict.fromkeys(args.against + args.models))
     for spec in args.models:  # all of them, before hours of work

@@ -112,6 +112,7 @@ def test_suites_can_be_parsed():
     (speed, ['evo_deit_nothing'], 'evo_deit_nothing: unknown to timm'),
     (speed, ['evo_deit_tiny', '--against', 'nowhere.onnx'], 'there is no file nowhere.onnx'),
     (speed, ['evo_levit_128s', '--reparam', '--train'], '--reparam is for inference'),
+    (speed, ['evo_deit_tiny', '--blocks', '--train'], '--blocks is for inference without --compile'),
     (speed, ['levit_128', '--against', 'levit_128', '--model-kwargs', 'depth=(1,1,1)'], 'in --against as well'),
     (speed, [], 'give one or more models, or a --suite'),
     (accuracy, ['train', 'evo'], 'evo: there are dense, '),

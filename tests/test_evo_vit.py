@@ -308,6 +308,12 @@ def test_evo_vit_evolves_its_base(base):
     assert [y.shape[1:] for y in backbone(images(1))] == [(24, 4, 4)] * 2
 
 
+def test_a_pretrained_cfg_without_weights_is_kept():
+    cfg = dict(input_size=(3, 96, 96), mean=(0., 0., 0.), num_classes=7)
+    model = timm.create_model('evo_vit', base='vit_tiny_patch16_224', pretrained_cfg=cfg)
+    assert model.num_classes == 7 and {k: model.pretrained_cfg[k] for k in cfg} == cfg
+
+
 def test_folders_come_back(tmp_path):
     """Of an older version, whose config has the arguments of class attention at the values that they had by
     similarity; and of a model with another patch size than it was built with.

@@ -32,7 +32,6 @@ OLD_ARGS = dict(  # of class attention, in folders that were saved when `evolve`
 
 @torch.fx.wrap
 def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
-    """Raise ValueError if there is a mask."""
     if attn_mask is not None or is_causal:
         raise ValueError('attn_mask and is_causal must be left out by class attention and by graphs of FX.')
 
@@ -107,8 +106,8 @@ class EvolvingVit(EvolvingModel):
 
     def _run_blocks(self, tokens: List[Any], rope: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Any:
         """`similarity.run_blocks` with the first blocks, and what this model knows."""
-        if isinstance(kwargs.get('is_causal'), torch.fx.Proxy):  # FX traces also masks that are not given
-            check_no_mask(kwargs.pop('attn_mask'), kwargs.pop('is_causal'))
+        if isinstance(kwargs.get('attn_mask'), torch.fx.Proxy):  # FX traces also masks that are not given
+            check_no_mask(kwargs.pop('attn_mask'), kwargs.pop('is_causal', False))
         mixed = rope is not None and (getattr(self, 'rope_mixed', False) or getattr(self, 'rope_is_mixed', False))
         return similarity.run_blocks(
             list(self.blocks)[:num_blocks], tokens, self._draw_schedule(tokens[0]), self.num_prefix_tokens, rope, mixed,
@@ -120,8 +119,8 @@ class EvolvingVit(EvolvingModel):
     def _run(self, x: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Tuple[Any, List[torch.Tensor], Any]:
         """Input to tokens (B, N, C), those after each block of `take_indices`, and the patches that are no padding."""
         grid_size = self._grid_size(x) if hasattr(self.patch_embed, 'dynamic_feat_size') else None
-        *tokens, rope = self._embed(x)
-        return *self._run_blocks(tokens, rope, num_blocks, grid_size=grid_size, **kwargs), None
+        tokens: List[Any] = [*self._embed(x)]
+        return *self._run_blocks(tokens, tokens.pop(), num_blocks, grid_size=grid_size, **kwargs), None
 
     def forward_features(
             self, x: torch.Tensor, attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False) -> Any:
@@ -408,7 +407,7 @@ def evo_vit(
     elif source:
         _, architecture, base_args = load_model_config_from_path(name)
     all_args = {**(base_args or {}), **kwargs}
-    if cfg.has_weights or cfg.state_dict:  # a saved evo_vit: timm takes either a pretrained_cfg or a source
+    if isinstance(pretrained_cfg, (dict, PretrainedCfg)):  # such as a saved one: timm takes either it or a source
         base, kwargs = architecture, {**all_args, 'pretrained_cfg': replace(cfg, architecture=architecture)}
     model = evolve(timm.create_model(base, pretrained, **kwargs), **evolution_args)
     if isinstance(model, EvolvingModel):  # and not in the wrapper of features_only

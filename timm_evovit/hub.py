@@ -31,7 +31,7 @@ class SavedArgs(nn.Module):
 
     @property
     def model_args(self) -> Dict[str, Any]:
-        """Arguments that make `timm.create_model` build this model as it is now, not classes, device, drop rates.
+        """Arguments for `timm.create_model`, which has made this model, to build it as it is now.
 
         timm's `push_to_hf_hub` and `save_for_hf` write them into config.json if they are given them.
         """

@@ -109,7 +109,7 @@ class PaperModel(EvolvingModel):
 
     def set_assisted_training(self, enable: bool = True) -> None:
         """While training with a class token head, return (averaged-patch logits, its logits), for `AssistedLoss`."""
-        self.assisted_training = enable
+        self.assisted_training = check_flag('enable', enable)
 
     def is_assisted(self) -> bool:
         """Whether the class token is classified too: in training mode, unless only `get_classifier()` is trained."""
