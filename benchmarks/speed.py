@@ -58,7 +58,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--compile', nargs='?', const='default', metavar='MODE', help='torch.compile every model')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--warmup', type=int, default=2, help='rounds that are not counted')
-    parser.add_argument('--seconds', type=float, default=1., help='minimum time of a model in a round')
+    parser.add_argument('--seconds', type=float, default=1., help='time of a model in a round, one call or more')
     parser.add_argument('--no-memory', action='store_true', help='do not measure memory, in a process per model')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='not of those of --against')
     parser.add_argument('--suite', type=Path, metavar='TXT', help='file with the arguments of one run per line')

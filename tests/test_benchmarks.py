@@ -34,6 +34,14 @@ def test_rounds_take_turns_and_are_summed_up():
     assert (row['speed_up_min'], row['speed_up_max']) == (1, 2)
 
 
+def test_a_round_counts_by_the_median_of_its_calls(monkeypatch):
+    """One that something else has stopped for a while changes nothing."""
+    clock, slow = [0.], iter([1., 50., 1.])
+    monkeypatch.setattr(harness.sweep.time, 'perf_counter', lambda: clock[0])
+    steps = {'a': lambda: clock.append(clock.pop() + next(slow)), 'b': lambda: clock.append(clock.pop() + 3.)}
+    assert harness.time_in_turns(steps, rounds=1, warmup=0, seconds=30.) == {'a': [1.], 'b': [3.]}
+
+
 def test_the_blocks_alone():
     """They get the tokens that they get in the model."""
     model = timm.create_model('evo_vit', base='vit_tiny_patch16_224', img_size=64, depth=4).eval()

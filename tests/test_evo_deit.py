@@ -171,6 +171,8 @@ def test_the_draw_of_heads_is_unbiased(batch, monkeypatch):
     for draw in draws:
         monkeypatch.setattr(torch, 'randperm', lambda n, device=None, draw=draw: draw)
         found.append(gradient(F.binary_cross_entropy_with_logits(model(x), target)))
+    with pytest.raises(TypeError, match="enable must be True or False, got 'false'"):
+        model.set_assisted_training('false')
     model.set_assisted_training()
     exact = gradient(AssistedLoss(F.binary_cross_entropy_with_logits)(model(x), target))
     torch.testing.assert_close(sum(found) / len(found), exact)

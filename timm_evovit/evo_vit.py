@@ -119,7 +119,7 @@ class EvolvingVit(EvolvingModel):
     def _run(self, x: Any, num_blocks: Optional[int] = None, **kwargs: Any) -> Tuple[Any, List[torch.Tensor], Any]:
         """Input to tokens (B, N, C), those after each block of `take_indices`, and the patches that are no padding."""
         grid_size = self._grid_size(x) if hasattr(self.patch_embed, 'dynamic_feat_size') else None
-        tokens: List[Any] = [*self._embed(x)]
+        tokens: List[Any] = [*self._embed(x)]  # a list, for `run_blocks` to empty
         return *self._run_blocks(tokens, tokens.pop(), num_blocks, grid_size=grid_size, **kwargs), None
 
     def forward_features(
