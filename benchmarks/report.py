@@ -44,7 +44,6 @@ LINES = {  # of the plot of accuracy.py, by what they are called
     'similarity, trained at each keep ratio': ('dense', *(f'evo-similarity@{r}' for r in (0.4, 0.3, 0.2))),
     'similarity, one model for all': tuple(f'evo-elastic{r}' for r in ('@1', '@0.7', '@0.5', '', '@0.3')),
     'dense, smaller pictures or fewer blocks': ('dense', 'dense-24-pixels', 'dense-4-blocks'),
-    'dense, narrower': ('dense', 'dense-48-channels', 'dense-32-channels'),
     "class attention, the paper's": ('evo-stage@1', 'evo-stage@0.7', 'evo-stage')}
 SPEED_UP = '**{speed_up:.2f}** ({speed_up_min:.2f} - {speed_up_max:.2f})'
 LOST = '{lost:.2f} ± {lost_error:.2f}'
@@ -232,8 +231,7 @@ def accuracy_plot(rows: List[Row]) -> Figure:
     (variants,) = compare(rows).values()
     axis = Figure().add_subplot()
     timed = [v for v in variants if 'inference' in v]
-    styles = '-', '--', ':', (0, (5, 1)), '-.'
-    for (label, names), marker, line in zip(LINES.items(), 'osDv^', styles, strict=True):
+    for (label, names), marker, line in zip(LINES.items(), 'osD^', ['-', '--', ':', '-.'], strict=True):
         found = [(v['inference']['speed_up'], v['top1']) for v in timed if v['variant'] in names]
         means = sorted((speed_up, statistics.mean(top1)) for speed_up, top1 in found)
         axis.plot(*zip(*means), marker=marker, ls=line, ms=8, label=label)
