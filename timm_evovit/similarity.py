@@ -77,8 +77,8 @@ def match_tokens(
     Returns for each token the cost, (B, n), and the position of its partner.
     """
     length, other_length = [torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(1e-6) for x in [tokens, others]]
-    cost = product(tokens, others.transpose(1, 2)).div_(length).div_(-other_length.transpose(1, 2)).add_(1)
-    cost = cost.div_(sizes.reciprocal().unsqueeze(2) + other_sizes.reciprocal().unsqueeze(1))
+    cost = 1 - product(tokens, others.transpose(1, 2)) / length / other_length.transpose(1, 2)
+    cost = cost / (sizes.reciprocal().unsqueeze(2) + other_sizes.reciprocal().unsqueeze(1))
     if padded:  # tokens that are no numbers are joined as others are
         cost = cost.nan_to_num().masked_fill((sizes == 0).unsqueeze(2) | (other_sizes == 0).unsqueeze(1), math.inf)
     if not isinstance(others.shape[1], int) or others.shape[1] == 0:
@@ -132,7 +132,7 @@ def group_tokens(
     even, odd = place[::2], place[1::2]  # the two sides of the matching
     sides = [x.detach().index_select(1, side).to(dtype) for side in [even, odd]]
     if channel_weight is not None and channel_weight.shape[0] == C:  # not the weight of a norm inside attention
-        sides = [side.mul_(channel_weight.detach().to(side)) for side in sides]
+        sides = [side * channel_weight.detach().to(side) for side in sides]
     cost, partner = match_tokens(sides[0], sides[1], sizes.index_select(1, even), sizes.index_select(1, odd), padded)
     if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         cost, order = cost.sort(dim=1)  # exporters to ONNX know no stable sort, and that of ONNX is stable
