@@ -202,16 +202,15 @@ def test_every_second_block_starts_a_stage(depth, stages):
 
 @pytest.mark.parametrize('keep_ratio, power', [(0.7, 1.2), (0.5, 1.2), (0.4, 0.96), (0.2, 0.48)])
 def test_one_ratio_by_similarity_falls_from_block_to_block(keep_ratio, power):
-    model = evolve(build_dense(depth=8), 0.5)
-    assert model.keep_ratio == (0.881, 0.624, 0.419, 0.271)
-    model.set_keep_ratio(keep_ratio)
+    model = evolve(build_dense(depth=8), keep_ratio)
     powers = [math.log(ratio) / (block + 1) ** power for block, ratio in zip(model.stage_starts, model.keep_ratio)]
     assert max(powers) - min(powers) < 1e-2 * -powers[0]
-    assert math.isclose(math.prod(model.keep_ratio), keep_ratio ** 4, rel_tol=1e-2)  # it is the geometric mean
+    assert math.isclose(math.prod(model.keep_ratio), keep_ratio ** 4, rel_tol=7e-3)  # it is the geometric mean
 
 
 def test_ratios_are_those_of_the_stages():
     model = evolve(build_dense(depth=8), 0.5)
+    assert model.keep_ratio == (0.881, 0.624, 0.419, 0.271)
     model.set_keep_ratio((0.9, 0.9, 0.5, 0.7))
     assert model.keep_ratio == (0.9, 0.9, 0.5, 0.7)
     model.set_keep_ratio(1)
