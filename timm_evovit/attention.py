@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .slow_tokens import SlowTokens
-from .tokens import as_fraction, at_least_float32, num_kept, take_tokens
+from .tokens import as_fraction, at_least_float32, num_kept, offsets, take_rows
 
 
 class Schedule(NamedTuple):
@@ -121,7 +121,7 @@ def split_tokens(
     kept_attn, keep_idx = global_attn.topk(K, dim=1, sorted=False)
     order = torch.arange(P + K, device=x.device).expand(B, -1)
     token_idx = torch.cat([order[:, :P], keep_idx + P], dim=1)
-    slow = take_tokens(x, token_idx)
+    slow = take_rows(x, token_idx + offsets(x))
     slow_idx = torch.full((B, N), P + K, dtype=torch.int64, device=x.device).scatter(1, token_idx, order)
     if representative_token and n > K:
         weight = global_attn.scatter(1, keep_idx, 0.)
@@ -138,7 +138,7 @@ def merge_tokens(stage: Stage, slow: torch.Tensor) -> torch.Tensor:
     Each token receives what the blocks added to its slow token (paper section 'Slow-fast token updating').
     """
     update = F.pad(slow - stage.slow, [0, 0, 0, 1])  # none for placeholders that wait
-    return stage.x + take_tokens(update, stage.slow_idx)
+    return stage.x + take_rows(update, stage.slow_idx + offsets(update))
 
 
 def merge_attn(stage: Stage, global_attn: torch.Tensor) -> torch.Tensor:

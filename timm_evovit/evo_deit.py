@@ -34,18 +34,10 @@ class EvoVisionTransformer(training.PaperModel, EvolvingVit, VisionTransformer):
     rename_authors = staticmethod(rename_deit)
 
     def __init__(
-            self,
-            *args: Any,
-            keep_ratio: Union[float, Sequence[float]] = 0.5,
-            stages: Optional[Sequence[int]] = None,
-            train_keep_ratio: Union[None, float, Sequence[float]] = None,
-            slow_tokens: str = 'attention',
-            representative_token: bool = False,
-            tradeoff: Optional[Union[float, Sequence[float]]] = None,
-            selection: str = 'stage',
-            assisted_cls: bool = True,
-            layer_to_stage_epochs: int = 0,
-            **kwargs: Any,
+            self, *args: Any, keep_ratio: Union[float, Sequence[float]] = 0.5, stages: Optional[Sequence[int]] = None,
+            train_keep_ratio: Union[None, float, Sequence[float]] = None, slow_tokens: str = 'attention',
+            representative_token: bool = False, tradeoff: Optional[Union[float, Sequence[float]]] = None,
+            selection: str = 'stage', assisted_cls: bool = True, layer_to_stage_epochs: int = 0, **kwargs: Any,
     ) -> None:
         """
         Args:

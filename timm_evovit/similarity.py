@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .slow_tokens import SlowTokens
-from .tokens import align_rows, at_least_float32, larger, num_kept, product, take_and_add, take_rope, take_tokens
+from .tokens import align_rows, at_least_float32, larger, num_kept, offsets, product, take_and_add, take_rope, take_rows
 
 for _name in 'align_rows', 'take_and_add', 'take_rope':
     torch.fx.wrap(_name)  # FX looks for them where they are called
@@ -89,11 +89,12 @@ def match_tokens(
 class Grouping(NamedTuple):
     """How one round of matching divides a sequence: up to R tokens are joined to others.
 
-    It is undone by `take_and_add(slow tokens, slow_idx, changed_idx, restoration)`, also after blocks have run.
+    It is undone by `take_and_add(slow tokens, slow_rows, changed_rows, restoration)`, also after blocks have run.
     """
     slow_idx: torch.Tensor  # (B, N) slow token of each token
     member_idx: torch.Tensor  # (B, M) for each slow token the token that others are joined to
-    changed_idx: torch.Tensor  # (B, 2 * R) tokens that are joined, and those that they are joined to
+    slow_rows: torch.Tensor  # (B, N) slow_idx as rows of slow tokens.flatten(0, 1)
+    changed_rows: torch.Tensor  # (B, 2 * R) tokens that are joined, and those that they are joined to, as rows
     restoration: torch.Tensor  # (B, 2 * R, C) what a slow token lacks to these, 0 where fewer are joined
 
 
@@ -130,10 +131,12 @@ def group_tokens(
     position = torch.arange(N, device=x.device)
     place = position[P:] if width is None else P + checkerboard(position[:n], width)
     even, odd = place[::2], place[1::2]  # the two sides of the matching
-    sides = [x.detach().index_select(1, side).to(dtype) for side in [even, odd]]
+    first = offsets(x)
+    sides = take_rows(x.detach(), torch.cat([even, odd]) + first).to(dtype)
     if channel_weight is not None and channel_weight.shape[0] == C:  # not the weight of a norm inside attention
-        sides = [side * channel_weight.detach().to(side) for side in sides]
-    cost, partner = match_tokens(sides[0], sides[1], sizes.index_select(1, even), sizes.index_select(1, odd), padded)
+        sides = sides * channel_weight.detach().to(sides)
+    tokens, others = sides.split([even.shape[0], odd.shape[0]], dim=1)
+    cost, partner = match_tokens(tokens, others, sizes.index_select(1, even), sizes.index_select(1, odd), padded)
     if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         cost, order = cost.sort(dim=1)  # exporters to ONNX know no stable sort, and that of ONNX is stable
     else:
@@ -178,13 +181,15 @@ def group_tokens(
     share = (sizes.gather(1, token_idx) / total).unsqueeze(2)  # of a token in its mean
     # a mean is shorter than its tokens. To first order in their distance, this is the part that is lost
     shorter = (cost / total).unsqueeze(2)
-    changed_idx = torch.cat([token_idx, other_idx], dim=1)
+    changed_rows = torch.cat([token_idx, other_idx], dim=1) + first
     # half precision would lose a part in a large group
-    token, other = take_tokens(x, changed_idx).to(dtype).tensor_split(2, dim=1)
+    token, other = take_rows(x, changed_rows).to(dtype).tensor_split(2, dim=1)
     change = torch.addcmul(share * (token - other), shorter, other)
-    slow = take_and_add(x, member_idx, target_idx, change)
-    restoration = torch.cat([token - take_tokens(slow, target_idx), -change], dim=1)
-    return slow, slow_weights, Grouping(slow_idx, member_idx, changed_idx, restoration)
+    slow_first = offsets(member_idx)
+    target_rows = target_idx + slow_first
+    slow = take_and_add(x, member_idx + first, target_rows, change)
+    restoration = torch.cat([token - take_rows(slow, target_rows), -change], dim=1)
+    return slow, slow_weights, Grouping(slow_idx, member_idx, slow_idx + slow_first, changed_rows, restoration)
 
 
 class TokenGroups:
@@ -227,8 +232,8 @@ class TokenGroups:
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Slow tokens (B, M, C), after any number of blocks, to the complete sequence (B, N, C) in raster order."""
-        for slow_idx, _, changed_idx, restoration in reversed(self.groupings):
-            x = take_and_add(x, slow_idx, changed_idx, restoration)
+        for _, _, slow_rows, changed_rows, restoration in reversed(self.groupings):
+            x = take_and_add(x, slow_rows, changed_rows, restoration)
         return x
 
     def attn_mask(self, x: torch.Tensor) -> torch.Tensor:

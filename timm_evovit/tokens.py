@@ -34,10 +34,14 @@ def at_least_float32(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def take_tokens(x: torch.Tensor, token_idx: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, M, C) of x (B, N, C), by index (B, M): faster on a CPU than gather or x[i, j]."""
-    first = x.shape[1] * torch.arange(x.shape[0], device=x.device).unsqueeze(1)  # of each image
-    return F.embedding(token_idx + first, x.flatten(0, 1))
+def offsets(x: torch.Tensor) -> torch.Tensor:
+    """Row of the first token of each image in `x.flatten(0, 1)`, (B, 1), of x (B, N, ...)."""
+    return x.shape[1] * torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+
+
+def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Tokens (B, M, C) at rows (B, M) of `x.flatten(0, 1)`: faster on a CPU than gather or x[i, j]."""
+    return F.embedding(rows, x.flatten(0, 1))
 
 
 def product(a: torch.Tensor, b: torch.Tensor, base: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -50,19 +54,18 @@ def product(a: torch.Tensor, b: torch.Tensor, base: Optional[torch.Tensor] = Non
     return a.bmm(b) if base is None else base.baddbmm_(a, b)  # torch.export would guard the sizes of a @ b
 
 
-def take_and_add(x: torch.Tensor, token_idx: torch.Tensor, row_idx: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """Take tokens of x (B, N, C) by index (B, M), and add rows of `update` (B, R, C) to those at `row_idx` (B, R)."""
-    taken = take_tokens(x, token_idx).to(update.dtype)
+def take_and_add(x: torch.Tensor, rows: torch.Tensor, changed_rows: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Take tokens (B, M, C) at rows (B, M) of x, and add `change` (B, R, C) at `changed_rows` (B, R) of the result."""
+    taken = take_rows(x, rows).to(change.dtype)
     B, M, C = taken.shape
     by_product = x.device.type != 'cpu'  # which is deterministic on a GPU too
     if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         by_product = True  # faster than what compilers and exporters make of the sum
     if by_product:
-        adds = torch.arange(M, device=x.device).unsqueeze(1) == row_idx.unsqueeze(1)
-        taken = product(adds.to(update.dtype), update, taken)
+        adds = (torch.arange(M, device=x.device) + offsets(taken)).unsqueeze(2) == changed_rows.unsqueeze(1)
+        taken = product(adds.to(change.dtype), change, taken)
     else:
-        rows = row_idx + M * torch.arange(B, device=x.device).unsqueeze(1)
-        taken.view(B * M, C).index_add_(0, rows.flatten(), update.flatten(0, 1))
+        taken.view(B * M, C).index_add_(0, changed_rows.flatten(), change.flatten(0, 1))
     return taken.to(x.dtype)
 
 
@@ -71,8 +74,8 @@ def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
     for_all = rope.ndim < 4
     rope = rope.reshape([1] * (4 - rope.ndim) + list(rope.shape))
     rows = rope.transpose(1, 2).flatten(2)
-    taken = F.embedding(patch_idx, rows[0]) if for_all else take_tokens(
-        rows.expand(patch_idx.shape[0], -1, -1), patch_idx)
+    every = rows.expand(patch_idx.shape[0], -1, -1)
+    taken = F.embedding(patch_idx, rows[0]) if for_all else take_rows(every, patch_idx + offsets(every))
     return taken.unflatten(2, (rope.shape[1], rope.shape[3])).transpose(1, 2)
 
 
