@@ -337,7 +337,8 @@ def test_plot(command, digits, tmp_path):
     axis, = sweep.plot(result).axes
     assert axis.lines[0].get_xdata().tolist() == [r['images_per_second'] for r in result['rows']]
     assert axis.lines[0].get_ydata().tolist() == pytest.approx([r['top1'] for r in result['rows']])
-    assert [text.get_text() for text in axis.texts] == [f'{r["keep_ratio"]:g}' for r in result['rows']]
+    assert {text.get_text(): text.xy[0] for text in axis.texts} == {
+        f'{r["keep_ratio"]:g}': r['images_per_second'] for r in result['rows']}
 
 
 def test_without_matplotlib(command, digits, tmp_path, monkeypatch):

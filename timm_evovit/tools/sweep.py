@@ -175,8 +175,8 @@ def plot(report: Dict[str, Any]) -> Any:
     axis.errorbar(speed, dense - lost, (high - lost, lost - low), fmt='o', label='keep ratio, 95 % interval')
     axis.axhline(dense - report['max_drop'], color='0.3', ls='--', lw=1, label=f'--max-drop {report["max_drop"]}')
     axis.margins(0.1)
-    for row, x, y in zip(rows, speed, dense - lost):
-        axis.annotate(f'{row["keep_ratio"]:g}', (x, y), (5, 5), textcoords='offset points')
+    for i, (x, y, ratio) in enumerate(sorted(zip(speed, dense - lost, (row['keep_ratio'] for row in rows)))):
+        axis.annotate(f'{ratio:g}', (x, y), (5, -13 if i % 2 else 5), textcoords='offset points')  # neighbours apart
     axis.set_title(f'{report["model"]}, {report["images"]} pictures', fontsize=10, wrap=True)
     axis.set_xlabel(f'images per second, batch {report["batch_size"]}, {report["device"]}')
     axis.set_ylabel('top-1 (%)' if 'top1' in rows[0] else 'same prediction as the dense model (%)')
