@@ -63,7 +63,7 @@ def read(mark: str, results: Path) -> List[Row]:
     conditions = dict(word.split('=', 1) for word in words)
     prefix, rows = conditions.pop('file', name), []
     for path in sorted(results.rglob('*.json')):
-        if path.relative_to(results).as_posix().startswith(prefix):
+        if path.relative_to(results).as_posix().startswith(tuple(prefix.split(','))):
             of = json.loads(path.read_text())
             found = of['rows'] if 'rows' in of else [{**of['configuration'], **of}]
             by_run = {(row.get('run'), row.get('seed'), row.get('model')): row for row in found}

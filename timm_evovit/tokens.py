@@ -74,8 +74,8 @@ def take_rope(rope: torch.Tensor, patch_idx: torch.Tensor) -> torch.Tensor:
     for_all = rope.ndim < 4
     rope = rope.reshape([1] * (4 - rope.ndim) + list(rope.shape))
     rows = rope.transpose(1, 2).flatten(2)
-    every = rows.expand(patch_idx.shape[0], -1, -1)
-    taken = F.embedding(patch_idx, rows[0]) if for_all else take_rows(every, patch_idx + offsets(every))
+    rows = rows if for_all else rows.expand(patch_idx.shape[0], -1, -1)
+    taken = take_rows(rows, patch_idx if for_all else patch_idx + offsets(rows))
     return taken.unflatten(2, (rope.shape[1], rope.shape[3])).transpose(1, 2)
 
 
