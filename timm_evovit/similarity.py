@@ -132,11 +132,11 @@ def group_tokens(
     place = position[P:] if width is None else P + checkerboard(position[:n], width)
     even, odd = place[::2], place[1::2]  # the two sides of the matching
     first = offsets(x)
-    sides = take_rows(x.detach(), torch.cat([even, odd]) + first).to(dtype)
+    placed = (x.detach()[:, P:] if width is None else take_rows(x.detach(), place + first)).to(dtype)
     if channel_weight is not None and channel_weight.shape[0] == C:  # not the weight of a norm inside attention
-        sides = sides * channel_weight.detach().to(sides)
-    tokens, others = sides.split([even.shape[0], odd.shape[0]], dim=1)
-    cost, partner = match_tokens(tokens, others, sizes.index_select(1, even), sizes.index_select(1, odd), padded)
+        placed = placed * channel_weight.detach().to(placed)
+    cost, partner = match_tokens(
+        placed[:, ::2], placed[:, 1::2], sizes.index_select(1, even), sizes.index_select(1, odd), padded)
     if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
         cost, order = cost.sort(dim=1)  # exporters to ONNX know no stable sort, and that of ONNX is stable
     else:
