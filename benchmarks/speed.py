@@ -33,11 +33,11 @@ SETTINGS = ('mode', 'batch_size', 'img_size', 'dtype', 'compile', 'reparam', 'de
 
 
 class FileModel(nn.Module):
-    """A file in ONNX Runtime or OpenVINO on the CPU, called as a model is."""
+    """A file in ONNX Runtime or OpenVINO on the CPU, called as a model is, with batches of one size."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, batch_size: int) -> None:
         super().__init__()
-        self.run = export_onnx.RUNTIMES[Path(path).suffix]().load(path)
+        self.run = export_onnx.RUNTIMES[Path(path).suffix]().load(path, batch_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(x)[0]
@@ -86,7 +86,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 
 def create(spec: str, args: argparse.Namespace) -> nn.Module:
     if spec.endswith(FILES):
-        return FileModel(spec)
+        return FileModel(spec, args.batch_size)
     kwargs = {} if spec in args.against else dict(args.model_kwargs)
     if args.img_size:
         kwargs['img_size'] = args.img_size

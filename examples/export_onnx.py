@@ -36,7 +36,7 @@ parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs,
 parser.add_argument('--int8', action='store_true', help='write a file with products in 8 bits as well')
 parser.add_argument('--calibrate', metavar='DIR', help='pictures, in any folders, for the ranges of --int8')
 parser.add_argument('--num-pictures', type=int, default=128, help='how many pictures of DIR, at random')
-parser.add_argument('--batch-size', type=int, default=8, help='of the comparison of speed')
+parser.add_argument('--batch-size', type=int, default=8, help='of the comparison of speed, fixed for it')
 parser.add_argument('--output', type=Path, default=Path('model.onnx'), metavar='FILE', help='FILE.onnx or FILE.xml')
 
 
@@ -78,9 +78,11 @@ class OnnxRuntime:
         self.onnx.helper.set_model_props(file, info)
         self.onnx.save(file, path)
 
-    def load(self, path):
+    def load(self, path, batch_size=None):
         options = self.onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        if batch_size:
+            options.add_free_dimension_override_by_name('batch', batch_size)
         options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # it would slow down the next model
         session = self.onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
         return lambda x: [torch.from_numpy(y) for y in session.run(None, {'images': x.numpy()})]
@@ -116,9 +118,12 @@ class OpenVino:
             model.set_rt_info(value, ['model_info', key])
         self.openvino.save_model(model, path, compress_to_fp16=False)
 
-    def load(self, path):
+    def load(self, path, batch_size=None):
+        model = self.core.read_model(path)
+        if batch_size:
+            model.reshape([batch_size, *list(model.input(0).partial_shape)[1:]])
         model = self.core.compile_model(  # on many processors the default is bfloat16
-            path, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'})
+            model, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32'})
         return lambda x: [torch.from_numpy(y) for y in model(x.numpy()).values()]
 
 
@@ -161,15 +166,18 @@ def difference(run, model, images, dynamic):
 
 
 def write(runtime, model, pictures, dynamic, path, args):
-    """Export a model, and quantize it if that is asked for. Returns path, function and error of each file."""
+    """Export a model, and quantize it if that is asked for.
+
+    Returns of each file the path, a function that runs it on args.batch_size images, and the error.
+    """
     info, paths, size = metadata(model, args.pretrained), [path], resolve_model_data_config(model)['input_size']
     runtime.export(model, torch.randn(2, *size), dynamic, path, info)
     if args.int8:
         paths.append(path.with_suffix(f'.int8{path.suffix}'))
         runtime.quantize(path, paths[1], pictures, info)
     images = torch.randn(8, *size) if pictures is None else pictures  # ranges of --calibrate do not fit noise
-    runs = [runtime.load(path) for path in paths]
-    return [(path, run, difference(run, model, images, dynamic)) for path, run in zip(paths, runs)]
+    return [(path, runtime.load(path, args.batch_size), difference(runtime.load(path), model, images, dynamic))
+            for path in paths]
 
 
 def main():
