@@ -200,10 +200,10 @@ def test_every_second_block_starts_a_stage(depth, stages):
     assert evolve(build_dense(depth=depth)).stage_starts == stages
 
 
-@pytest.mark.parametrize('keep_ratio, power', [(0.7, 1.2), (0.5, 1.2), (0.4, 0.96), (0.2, 0.48)])
-def test_one_ratio_by_similarity_falls_from_block_to_block(keep_ratio, power):
+@pytest.mark.parametrize('keep_ratio', [0.7, 0.5, 0.3])
+def test_one_ratio_by_similarity_falls_from_block_to_block(keep_ratio):
     model = evolve(build_dense(depth=8), keep_ratio)
-    powers = [math.log(ratio) / (block + 1) ** power for block, ratio in zip(model.stage_starts, model.keep_ratio)]
+    powers = [math.log(ratio) / (block + 1) ** 1.2 for block, ratio in zip(model.stage_starts, model.keep_ratio)]
     assert max(powers) - min(powers) < 1e-2 * -powers[0]
     assert math.isclose(math.prod(model.keep_ratio), keep_ratio ** 4, rel_tol=7e-3)  # it is the geometric mean
 

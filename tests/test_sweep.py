@@ -141,7 +141,7 @@ def test_multiply_adds_by_hand(command, digits):
     ends = patches * dim * 3 * 8 * 8 + dim * 10
     assert result['rows'][0]['multiply_adds'] == ends + 6 * block(1 + patches)
     for row in result['rows'][1:]:
-        depths = [(start + 1) ** (2.4 * min(row['keep_ratio'], 0.5)) for start in (0, 2, 4)]
+        depths = [(start + 1) ** 1.2 for start in (0, 2, 4)]
         grouping, left, last = 0, patches, 1.
         blocks = 0
         for depth in depths:

@@ -28,12 +28,11 @@ for _name in 'align_rows', 'take_and_add', 'take_rope':
 
 
 def falling_ratios(keep_ratio: float, starts: Sequence[int]) -> Tuple[float, ...]:
-    """Keep ratios to three decimals, of geometric mean `keep_ratio`: logarithms are proportional to depth ** power.
+    """Keep ratios to three decimals, with `keep_ratio` as geometric mean, and logarithms proportional to depth ** 1.2.
 
-    The power is 1.2, and less in proportion below 0.5, where few tokens would be left to the last blocks. Lower powers
-    were better for DeiTs of width 64 on CIFAR-10 at all ratios, for a DINOv2-S below 0.5 only.
+    A lower power below a keep ratio of 0.5 was better without training and worse after it (docs/accuracy.md).
     """
-    depths = [(start + 1) ** (2.4 * min(float(keep_ratio), 0.5)) for start in starts]
+    depths = [(start + 1) ** 1.2 for start in starts]
     return tuple(max(round(float(keep_ratio) ** (len(depths) * depth / sum(depths)), 3), 0.001) for depth in depths)
 
 
