@@ -188,8 +188,8 @@ def test_arguments_of_numpy_can_be_saved():
     (partial(build_levit, num_classes=4, tradeoff=0.25, keep_ratio=(0.5, 1, 0.3)), 0.4,
      dict(keep_ratio=(0.4,) * 3, tradeoff=None)),
     (partial(create, 'evo_vit', base='deit_tiny_patch16_224', stages=(2, 6)), 0.4,
-     dict(keep_ratio=(0.57, 0.281), stage_starts=(2, 6))),
-    (vit_of_the_hub, None, dict(keep_ratio=(0.57, 0.281), stage_starts=(2, 6))),
+     dict(keep_ratio=(0.615, 0.26), stage_starts=(2, 6))),
+    (vit_of_the_hub, None, dict(keep_ratio=(0.615, 0.26), stage_starts=(2, 6))),
 ])
 @pytest.mark.parametrize('by_timm', [False, True])
 def test_push_and_reload(hub, build, keep_ratio, attributes, by_timm):
