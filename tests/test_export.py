@@ -67,6 +67,21 @@ def test_script_and_fx(name):
         find_slow_tokens(scripted, x)
 
 
+@pytest.mark.parametrize('build', [
+    lambda **kwargs: timm.create_model('evo_deit_tiny', **kwargs),
+    lambda **kwargs: evolve(timm.create_model('vit_base_patch16_siglip_224', **kwargs)),
+    lambda **kwargs: evolve(timm.create_model('eva02_tiny_patch14_224', **kwargs))], ids=['evo_deit', 'siglip', 'eva02'])
+@torch.no_grad()
+def test_script_of_any_size(build):
+    """TorchScript of a model whose position embeddings are resampled, on the size it was built for and another one."""
+    model = randomize(build(dynamic_img_size=True, **SMALL)).eval()
+    patch = model.patch_embed.patch_size[0]
+    scripted = torch.jit.script(model)
+    for height, width in (model.patch_embed.img_size, (5 * patch, 3 * patch)):
+        x = torch.randn(2, 3, height, width)
+        torch.testing.assert_close(scripted(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name, dynamo', [  # test_grids.py has the others by torch.export
     *((name, True) for name in ('levit', 'evolved', 'no class token', 'mixed rope')),

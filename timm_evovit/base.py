@@ -5,7 +5,8 @@ from typing import Any, Iterator, Optional, Sequence, Tuple, Type, TypeGuard, Un
 
 import torch
 from timm.layers.typing import disable_compiler
-from torch import distributed, nn
+from timm.models import get_notrace_functions
+from torch import distributed, fx, nn
 
 from .hub import SavedArgs
 
@@ -123,4 +124,4 @@ class EvolvingModel(SavedArgs):
     def __prepare_scriptable__(self) -> nn.Module:
         """What TorchScript compiles: the graph of this model in evaluation mode."""
         with eval_mode(self):
-            return torch.fx.symbolic_trace(self)
+            return fx.GraphModule(self, fx.Tracer(autowrap_functions=tuple(get_notrace_functions())).trace(self))
