@@ -100,7 +100,7 @@ class EvolvingModel(SavedArgs):
     def _draw_schedule(self, x: Any) -> Any:
         """The schedule of a forward pass. Graphs that are traced or exported have that of `keep_ratio`."""
         exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()  # is_exporting is newer
-        traced = isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or exported
+        traced = isinstance(x, fx.Proxy) or torch.jit.is_tracing() or exported
         if not (self.training and self.elastic_schedules) or traced:
             return self.training_schedule if self.training else self.eval_schedule
         return self.elastic_schedules[draw(len(self.elastic_schedules))]
