@@ -83,7 +83,8 @@ class OnnxRuntime:
         options.intra_op_num_threads = torch.get_num_threads()
         if batch_size:
             options.add_free_dimension_override_by_name('batch', batch_size)
-        options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # it would slow down the next model
+        # threads that spin between calls slow down the model that is called next
+        options.add_session_config_entry('session.force_spinning_stop', '1')
         session = self.onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
         return lambda x: [torch.from_numpy(y) for y in session.run(None, {'images': x.numpy()})]
 
