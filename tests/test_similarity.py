@@ -65,9 +65,9 @@ def test_groups_and_means_are_those_of_the_reference(n, width):
     x, weight = random_tokens(3, 2 + n, 8).double(), random_tokens(8, seed=1).double()
     patches = torch.randint(1, 9, (n,), generator=torch.Generator().manual_seed(2)).tolist()
     for own, count in product(([1] * n, patches), range(max(1, n // 2), n + 1)):
-        before = None if own is not patches else torch.tensor([1, 1, *own]).double().expand(3, 1, -1)
+        before = None if own is not patches else torch.tensor([1, 1, *own]).double().expand(3, -1)
         slow_tokens, sizes, grouping = group_tokens(x, before, 2, sum(own), (count, sum(own)), channel_weight=weight, width=width)
-        for image, slow, slow_idx, size in zip(x, slow_tokens, grouping.slow_idx, sizes[:, 0]):
+        for image, slow, slow_idx, size in zip(x, slow_tokens, grouping.slow_idx, sizes):
             groups, means = reference.match(list(image[2:]), count, own, weight, width)
             members = [[0], [1]] + [[2 + j for j in group] for group in groups]
             assert [sorted(group) for group in members] == [
@@ -96,7 +96,7 @@ def test_large_groups_in_bfloat16(monkeypatch):
     tokens[:, 3::2] = tokens[:, 3::2].flip(2)  # all even ones are like the first odd one, and like no other
     slow, sizes, _ = group_tokens(tokens.bfloat16(), None, 0, 1000, (1, 2))
     mean = torch.cat([tokens[:, ::2, :1], tokens[:, 1:2, :1]], dim=1).mean()
-    assert sizes[0, 0, 0] == 501 and seen == [torch.float32]
+    assert sizes[0, 0] == 501 and seen == [torch.float32]
     assert slow.dtype == torch.bfloat16 and abs(slow[0, 0, 0].item() - mean.item()) < 0.01
 
 
@@ -104,7 +104,7 @@ def test_large_groups_in_bfloat16(monkeypatch):
 def test_padding_leaves_the_groups_of_the_others(valid):
     """It joins no patch, weighs nothing, and is one group, the last."""
     n = 9
-    x, sizes = random_tokens(1, n, 6), torch.ones(1, 1, n)
+    x, sizes = random_tokens(1, n, 6), torch.ones(1, n)
     sizes[..., valid:] = 0
     slow, slow_sizes, grouping = group_tokens(x, sizes, 0, n, (1, 2), torch.tensor([[valid]]))
     alone, alone_sizes, alone_grouping = group_tokens(x[:, :valid], None, 0, valid, (1, 2))

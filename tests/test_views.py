@@ -418,9 +418,9 @@ def test_a_learned_weight_of_keys_has_a_gradient_beside_padding():
 def test_no_patch_is_lost_where_all_are_on_one_side_of_the_matching():
     keys = torch.arange(9).view(1, 1, 1, 9) % 2 == 0  # the black fields of 3 x 3
     groups, x = TokenGroups(torch.randn(1, 9, 4), 0, keys, (3, 3)), torch.randn(1, 9, 4)
-    for ratio, weights in (((1, 2), [1, 1, 1, 1, 1, 0]), ((1, 4), None)):
+    for ratio, sizes in (((1, 2), [1, 1, 1, 1, 1, 0]), ((1, 4), None)):
         x = groups.join(x, ratio, None)
-        assert weights in (None, groups.weights[0, 0].tolist()) and groups.weights.sum() == 2 * 5
+        assert sizes in (None, groups.sizes[0].tolist()) and groups.sizes.sum() == 5
         slow_idx = groups.slow_tokens(0).groups
         assert not set(slow_idx[keys[:, 0, 0]].tolist()) & set(slow_idx[~keys[:, 0, 0]].tolist())
 

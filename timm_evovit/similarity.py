@@ -13,7 +13,7 @@ which P (`num_prefix_tokens`) are prefix tokens, n = N - P patches, C channels.
 """
 import math
 from functools import partial, reduce
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from timm.models import checkpoint
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .slow_tokens import SlowTokens
-from .tokens import align_rows, at_least_float32, larger, num_kept, offsets, product, take_and_add, take_rope, take_rows
+from .tokens import align_rows, at_least_float32, larger, num_kept, product, take_and_add, take_rope, take_rows
 
 for _name in 'align_rows', 'take_and_add', 'take_rope':
     torch.fx.wrap(_name)  # FX looks for them where they are called
@@ -75,8 +75,8 @@ def match_tokens(
 
     Returns for each token the cost, (B, n), and the position of its partner.
     """
-    length, other_length = [torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(1e-6) for x in [tokens, others]]
-    cost = 1 - product(tokens, others.transpose(1, 2)) / length / other_length.transpose(1, 2)
+    norm, other_norm = [torch.linalg.vector_norm(x, dim=2) for x in [tokens, others]]
+    cost = 1 - product(tokens, others.transpose(1, 2)) / (norm.unsqueeze(2) * other_norm.unsqueeze(1)).clamp_min(1e-12)
     cost = cost / (sizes.reciprocal().unsqueeze(2) + other_sizes.reciprocal().unsqueeze(1))
     if padded:  # tokens that are no numbers are joined as others are
         cost = cost.nan_to_num().masked_fill((sizes == 0).unsqueeze(2) | (other_sizes == 0).unsqueeze(1), math.inf)
@@ -99,7 +99,7 @@ class Grouping(NamedTuple):
 
 @torch.fx.wrap
 def group_tokens(
-        x: torch.Tensor, weights: Optional[torch.Tensor], num_prefix_tokens: int, num_patches: int,
+        x: torch.Tensor, sizes: Optional[torch.Tensor], num_prefix_tokens: int, num_patches: int,
         keep_ratio: Tuple[int, int], num_valid: Optional[torch.Tensor] = None,
         channel_weight: Optional[torch.Tensor] = None, width: Optional[int] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, Grouping]:
@@ -107,30 +107,27 @@ def group_tokens(
 
     Args:
         x: Tokens (B, N, C).
-        weights: First the number of patches that each token stands for, 0 for padding, then any others that are summed
-            over groups, (B, 1 or more, N). None for one patch each.
+        sizes: Number of patches that each token stands for, 0 for padding, (B, N). None for one patch each.
         num_patches: Number of patches of the complete sequence.
-        keep_ratio: Ratio of groups to patches after this round, as numerator and denominator: half of that before or
-            more.
+        keep_ratio: That of groups to patches after this round, numerator and denominator, at least half of that before.
         num_valid: With padding, the number of patches of each image, (B, 1). Each is grouped as it would be without,
             and padding gets a group of its own, the last one.
         channel_weight: Tokens are compared by their channels times this, (C,).
         width: That of the grid, if each token is one patch. Otherwise, or if it is not known, the two sides of the
             matching are every second token.
 
-    Returns the prefix and slow tokens (B, M, C), means over patches, their weights, and the grouping.
+    Returns the prefix and slow tokens (B, M, C), means over patches, their sizes (B, M), and the grouping.
     """
     B, N, C = x.shape
     P, n = num_prefix_tokens, N - num_prefix_tokens
-    dtype = at_least_float32(x)
-    if weights is None:
-        weights = torch.ones_like(x[:, :, 0], dtype=dtype).unsqueeze(1)
-    sizes, padded = weights[:, 0], num_valid is not None
+    dtype, padded = at_least_float32(x), num_valid is not None
+    if sizes is None:
+        sizes = torch.ones_like(x[:, :, 0], dtype=dtype)
 
-    position = torch.arange(N, device=x.device)
+    position, image = torch.arange(N, device=x.device), torch.arange(B, device=x.device).unsqueeze(1)
     place = position[P:] if width is None else P + checkerboard(position[:n], width)
     even, odd = place[::2], place[1::2]  # the two sides of the matching
-    first = offsets(x)
+    first = image * N  # row of the first token of each image
     placed = (x.detach()[:, P:] if width is None else take_rows(x.detach(), place + first)).to(dtype)
     if channel_weight is not None and channel_weight.shape[0] == C:  # not the weight of a norm inside attention
         placed = placed * channel_weight.detach().to(placed)
@@ -157,12 +154,12 @@ def group_tokens(
         odd = even  # a single token has no partner, and is joined to none
     # copies: torch.export would guard the sizes of slices
     order, cost = order.index_select(1, rows), cost.index_select(1, rows)
-    token_idx, other_idx = even[order], odd[partner.gather(1, order)]
-    joined = torch.ones_like(order)
+    token_idx, other_idx = even.take(order), odd.take(partner.gather(1, order))
+    without = position.new_zeros(B, N).scatter(1, token_idx, 1)
     if joins is not None:  # other tokens are joined to themselves
-        other_idx, cost, joined = torch.where(joins, other_idx, token_idx), cost.masked_fill(~joins, 0), joined * joins
+        other_idx, cost = torch.where(joins, other_idx, token_idx), cost.masked_fill(~joins, 0)
+        without = without.scatter(1, other_idx, 0)
     # slow tokens have the order of the tokens that are neither joined nor padding
-    without = position.new_zeros(B, N).scatter(1, token_idx, joined)
     if padded:
         without = without + (sizes == 0)
     slow_idx = position - without.cumsum(dim=1)
@@ -172,9 +169,8 @@ def group_tokens(
     slow_idx = slow_idx.scatter(1, token_idx, target_idx)
     member_idx = slow_idx.new_zeros(B, M).scatter(1, slow_idx, position.expand(B, N)).scatter(1, target_idx, other_idx)
 
-    slow_weights = weights.new_zeros(B, weights.shape[1], M).scatter_add(
-        2, slow_idx.unsqueeze(1).expand_as(weights), weights)
-    total = slow_weights[:, 0].gather(1, target_idx)
+    slow_sizes = sizes.new_zeros(B, M).scatter_add(1, slow_idx, sizes)
+    total = slow_sizes.gather(1, target_idx)
     if padded:
         total = total.clamp_min(1)
     share = (sizes.gather(1, token_idx) / total).unsqueeze(2)  # of a token in its mean
@@ -184,11 +180,11 @@ def group_tokens(
     # half precision would lose a part in a large group
     token, other = take_rows(x, changed_rows).to(dtype).tensor_split(2, dim=1)
     change = torch.addcmul(share * (token - other), shorter, other)
-    slow_first = offsets(member_idx)
+    slow_first = image * M
     target_rows = target_idx + slow_first
     slow = take_and_add(x, member_idx + first, target_rows, change)
     restoration = torch.cat([token - take_rows(slow, target_rows), -change], dim=1)
-    return slow, slow_weights, Grouping(slow_idx, member_idx, slow_idx + slow_first, changed_rows, restoration)
+    return slow, slow_sizes, Grouping(slow_idx, member_idx, slow_idx + slow_first, changed_rows, restoration)
 
 
 class TokenGroups:
@@ -208,23 +204,27 @@ class TokenGroups:
         self.width = None if grid_size is None else grid_size[1]
         self.groupings: List[Grouping] = []
         self.member_idx: Optional[torch.Tensor] = None  # (B, M) token of the complete sequence of each slow token
-        self.weights: Any = None  # tensor (B, 1, M), patches of each token; with a mask, weights as keys too
+        self.sizes: Any = None  # tensor (B, M), patches of each token
+        self.keys: Any = None  # tensor (B, heads or 1, M), weight of each token as a key, None without a mask
         self.num_valid: Optional[torch.Tensor] = None  # (B, 1) patches of each image, without padding
         if key_mask is not None:
             keys = key_mask.to(at_least_float32(x))
             keys = keys if key_mask.dtype == torch.bool else (keys - keys.amax(3, keepdim=True).nan_to_num()).exp()
-            keys = keys.squeeze(2).expand(x.shape[0], -1, -1)
+            self.keys = keys.squeeze(2).expand(x.shape[0], -1, -1)
             prefix = torch.arange(x.shape[1], device=x.device) < num_prefix_tokens  # they are no padding
-            valid = (keys > 0).any(dim=1, keepdim=True) | prefix
-            self.weights = torch.cat([valid.to(keys.dtype), keys], dim=1)
-            self.num_valid = valid[:, 0, num_prefix_tokens:].sum(dim=1, keepdim=True)
+            valid = (self.keys > 0).any(dim=1) | prefix
+            self.sizes = valid.to(keys.dtype)
+            self.num_valid = valid[:, num_prefix_tokens:].sum(dim=1, keepdim=True)
 
     def join(
             self, x: torch.Tensor, keep_ratio: Tuple[int, int], channel_weight: Optional[torch.Tensor]) -> torch.Tensor:
         """Slow tokens of x (B, M, C), after one round of matching towards this ratio of them to patches."""
-        x, self.weights, new = group_tokens(
-            x, self.weights, self.num_prefix_tokens, self.num_patches, keep_ratio, self.num_valid, channel_weight,
+        x, self.sizes, new = group_tokens(
+            x, self.sizes, self.num_prefix_tokens, self.num_patches, keep_ratio, self.num_valid, channel_weight,
             None if self.groupings else self.width)
+        if self.keys is not None:
+            slow_idx = new.slow_idx.unsqueeze(1).expand_as(self.keys)
+            self.keys = self.keys.new_zeros(*self.keys.shape[:2], x.shape[1]).scatter_add(2, slow_idx, self.keys)
         self.member_idx = new.member_idx if self.member_idx is None else self.member_idx.gather(1, new.member_idx)
         self.groupings.append(new)
         return x
@@ -240,18 +240,17 @@ class TokenGroups:
 
         It is the number of patches that share the slow token (ToMe section 3, 'proportional attention').
         """
-        if self.num_valid is None:
-            logarithm = self.weights.log()
-        else:
-            ignored = self.weights[:, 1:] == 0  # their gradient would be no number
-            logarithm = self.weights[:, 1:].masked_fill(ignored, 1).log().masked_fill(ignored, -math.inf)
+        if self.keys is None:
+            return align_rows(self.sizes.log().to(x.dtype).view(-1, 1, 1, x.shape[1]))
+        ignored = self.keys == 0  # their gradient would be no number
+        logarithm = self.keys.masked_fill(ignored, 1).log().masked_fill(ignored, -math.inf)
         return align_rows(logarithm.to(x.dtype).unsqueeze(2))
 
     def slow_tokens(self, block: int) -> SlowTokens:
         """The groups of patches (B, n) that `block` is the first to run on."""
         P = self.num_prefix_tokens
         slow_idx = reduce(lambda idx, next_idx: next_idx.gather(1, idx), (g.slow_idx for g in self.groupings))
-        return SlowTokens(block, (self.weights[:, 0].gather(1, slow_idx) == 1)[:, P:], slow_idx[:, P:] - P, None)
+        return SlowTokens(block, (self.sizes.gather(1, slow_idx) == 1)[:, P:], slow_idx[:, P:] - P, None)
 
     def take_rope(self, rope: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of the patches as timm's blocks take it to that of the slow tokens.
@@ -265,7 +264,7 @@ class TokenGroups:
 
 
 def run_blocks(
-        blocks: Iterable[nn.Module], tokens: List[torch.Tensor], stages: Dict[int, Tuple[int, int]],
+        blocks: List[nn.Module], tokens: List[torch.Tensor], stages: Dict[int, Tuple[int, int]],
         num_prefix_tokens: int, rope: Any = None, rope_per_block: bool = False,
         attn_mask: Optional[torch.Tensor] = None, is_causal: bool = False, key_mask: Optional[torch.Tensor] = None,
         grad_checkpointing: bool = False, take_indices: Sequence[int] = (),
@@ -304,6 +303,7 @@ def run_blocks(
             raise ValueError(f'attn_mask must be a mask of keys, bool or float, (B or 1, heads or 1, 1, N), where '
                              f'tokens are grouped, and N is {x.shape[1]} here, got {shape}, {dtype}.')
     ratio, groups = (1, 1), TokenGroups(x, num_prefix_tokens, key_mask, grid_size)
+    channel_weights = {i: channel_weight(block) for i, block in enumerate(blocks) if stages.get(i, (1, 1)) != (1, 1)}
     for i, block in enumerate(blocks):
         starts = i in stages and stages[i] != ratio
         if starts:
@@ -314,7 +314,7 @@ def run_blocks(
                 ratio = ratio[0], 2 * ratio[1]
                 if stages[i][0] * ratio[1] > ratio[0] * stages[i][1]:
                     ratio = stages[i]
-                x = groups.join(x, ratio, channel_weight(block))
+                x = groups.join(x, ratio, channel_weights[i])
             args = dense_args
             if groups.groupings:
                 args = {**dense_args, 'attn_mask': groups.attn_mask(x)}

@@ -22,7 +22,7 @@ def as_fraction(ratio: float) -> Tuple[int, int]:
 
 def larger(a: int, b: int) -> int:
     """max(a, b), also of symbolic integers."""
-    return max(a, b) if torch.jit.is_scripting() or torch.jit.is_tracing() else torch.sym_max(a, b)
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) or torch.jit.is_tracing() else torch.sym_max(a, b)
 
 
 def num_kept(num_patches: int, keep_ratio: Tuple[int, int]) -> int:
