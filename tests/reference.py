@@ -108,12 +108,13 @@ def evolve(
     return Result(x, kept, after)
 
 
-Block = Callable[[int, torch.Tensor, List[List[int]]], Tuple[torch.Tensor, torch.Tensor]]
+Block = Callable[[int, torch.Tensor, List[List[int]], List[float]], torch.Tensor]
 
 
 class Joined(NamedTuple):
     groups: List[List[int]]  # positions in each group, first the one that others are joined to, in the order of these
     means: List[torch.Tensor]  # of each group, made longer
+    costs: List[float]  # of each group, at which others are joined
 
 
 def match(
@@ -135,12 +136,11 @@ def match(
     for a in joined:
         groups[partner[a]].append(a)
     groups = [groups[i] for i in sorted(groups)]
-    means = []
-    for group in groups:
+    means, sums = [], [sum(costs[j] for j in group[1:]) for group in groups]
+    for group, cost in zip(groups, sums):
         total = sum(sizes[j] for j in group)
-        longer = sum(costs[j] for j in group[1:]) / total
-        means.append(sum(sizes[j] * tokens[j] for j in group) / total + longer * tokens[group[0]])
-    return Joined(groups, means)
+        means.append(sum(sizes[j] * tokens[j] for j in group) / total + cost / total * tokens[group[0]])
+    return Joined(groups, means, sums)
 
 
 def evolve_by_similarity(
@@ -150,10 +150,11 @@ def evolve_by_similarity(
     """As `evolve`, with slow tokens that like patches share. `kept` has the number of each patch's group.
 
     `weights` are those of the channels for each block, `width` is that of the grid.
-    `block(i, tokens, members)` gets the patches that each token behind the prefix stands for as well.
+    `block(i, tokens, members, spread)` gets the patches that each token behind the prefix stands for as well, and the
+    sum of costs at which they were joined.
     """
     n = len(x) - num_prefix
-    prefix, tokens, members = x[:num_prefix], list(x[num_prefix:]), [[j] for j in range(n)]
+    prefix, tokens, members, spread = x[:num_prefix], list(x[num_prefix:]), [[j] for j in range(n)], [0.] * n
     levels: List[Tuple[List[torch.Tensor], List[List[int]], List[torch.Tensor]]] = []
     groups_by_block: Dict[int, List[int]] = {}
     after = []
@@ -172,18 +173,19 @@ def evolve_by_similarity(
         if i in stages and keep_ratio[list(stages).index(i)] != ratio:
             last, ratio = ratio, keep_ratio[list(stages).index(i)]
             if ratio > last:
-                tokens, members, levels = undo(tokens), [[j] for j in range(n)], []
+                tokens, members, spread, levels = undo(tokens), [[j] for j in range(n)], [0.] * n, []
             count = max(1, math.floor(n * Fraction(str(ratio))))
             while len(tokens) > count:
-                groups, means = match(
+                groups, means, costs = match(
                     tokens, max(count, len(tokens) // 2), [len(own) for own in members], weights[i],
                     1 if levels else width)
                 members = [sum((members[position] for position in group), []) for group in groups]
+                spread = [sum(spread[position] for position in group) + cost for group, cost in zip(groups, costs)]
                 levels.append((tokens, groups, means))
                 tokens = means
             if ratio < 1:
                 groups_by_block[i] = [next(g for g, own in enumerate(members) if j in own) for j in range(n)]
-        sequence, _ = block(i, torch.cat([prefix, torch.stack(tokens)]), members)
+        sequence = block(i, torch.cat([prefix, torch.stack(tokens)]), members, spread)
         prefix, tokens = sequence[:num_prefix], list(sequence[num_prefix:])
         after.append(torch.cat([prefix, torch.stack(undo(tokens))]))
     return Result(after[-1], groups_by_block, after)

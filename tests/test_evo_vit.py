@@ -87,7 +87,7 @@ def written_out(dense, evolved, x):
     """Tokens (N, C) and groups of every image, by the dense model's own blocks.
 
     The rotary embedding that timm gives to a block, of a group that of the patch that others have joined, and the
-    logarithm of sizes are handed to the block.
+    logarithm of the weights of keys are handed to the block.
     """
     results = []
     for image in x.split(1):
@@ -115,10 +115,11 @@ def first_norm(block):
     return None if isinstance(block, (ResPostBlock, EvaBlockPostNorm)) else block.norm1
 
 
-def run_block(dense, ropes, i, y, members):
-    sizes = torch.tensor([1] * dense.num_prefix_tokens + [len(own) for own in members], dtype=y.dtype)
+def run_block(dense, ropes, i, y, members, spread):
+    logarithm = [0.] * dense.num_prefix_tokens + [
+        math.log(len(own)) - 2 * cost / len(own) for own, cost in zip(members, spread)]
     rope = {} if ropes[i] is None else {'rope': ropes[i][..., [own[0] for own in members], :]}
-    return dense.blocks[i](y[None], attn_mask=sizes.log()[None, None, None], **rope)[0], None
+    return dense.blocks[i](y[None], attn_mask=y.new_tensor(logarithm)[None, None, None], **rope)[0]
 
 
 @pytest.mark.parametrize('kwargs', [

@@ -6,13 +6,14 @@ import reference
 import torch
 from torch.nn import functional as F
 
-from timm_evovit.similarity import checkerboard, group_tokens, match_tokens, run_blocks
+from timm_evovit.similarity import TokenGroups, checkerboard, group_tokens, match_tokens, run_blocks
 from timm_evovit.tokens import as_fraction
 
 
-def groups(tokens, count, **kwargs):
+def groups(tokens, count):
     """The group of each token, by one round of matching to `count` groups."""
-    return group_tokens(tokens, None, 0, tokens.shape[1], (count, tokens.shape[1]), **kwargs)[2].slow_idx
+    n = tokens.shape[1]
+    return group_tokens(tokens, torch.ones(len(tokens), n), torch.zeros(len(tokens), n), 0, n, (count, n))[3].slow_idx
 
 
 def reference_groups(tokens, count):
@@ -65,15 +66,17 @@ def test_groups_and_means_are_those_of_the_reference(n, width):
     x, weight = random_tokens(3, 2 + n, 8).double(), random_tokens(8, seed=1).double()
     patches = torch.randint(1, 9, (n,), generator=torch.Generator().manual_seed(2)).tolist()
     for own, count in product(([1] * n, patches), range(max(1, n // 2), n + 1)):
-        before = None if own is not patches else torch.tensor([1, 1, *own]).double().expand(3, -1)
-        slow_tokens, sizes, grouping = group_tokens(x, before, 2, sum(own), (count, sum(own)), channel_weight=weight, width=width)
-        for image, slow, slow_idx, size in zip(x, slow_tokens, grouping.slow_idx, sizes):
-            groups, means = reference.match(list(image[2:]), count, own, weight, width)
+        before = torch.tensor([1, 1, *own]).double().expand(3, -1)
+        *slow_tokens, grouping = group_tokens(
+            x, before, before / 8, 2, sum(own), (count, sum(own)), channel_weight=weight, width=width)
+        for image, slow_idx, slow, size, spread in zip(x, grouping.slow_idx, *slow_tokens):
+            groups, means, costs = reference.match(list(image[2:]), count, own, weight, width)
             members = [[0], [1]] + [[2 + j for j in group] for group in groups]
             assert [sorted(group) for group in members] == [
                 (slow_idx == g).nonzero().flatten().tolist() for g in range(2 + count)]
             torch.testing.assert_close(slow, torch.stack([*image[:2], *means]))
             assert size.tolist() == [1, 1] + [sum(own[j] for j in group) for group in groups]
+            torch.testing.assert_close(spread - size / 8, spread.new_tensor([0, 0, *costs]))
 
 
 def test_a_checkerboard_has_every_patch_once():
@@ -94,10 +97,23 @@ def test_large_groups_in_bfloat16(monkeypatch):
     tokens = 1 + torch.arange(1000.).view(1, 1000, 1) / 1000
     tokens = F.pad(tokens, [0, 1])
     tokens[:, 3::2] = tokens[:, 3::2].flip(2)  # all even ones are like the first odd one, and like no other
-    slow, sizes, _ = group_tokens(tokens.bfloat16(), None, 0, 1000, (1, 2))
+    ones = torch.ones(1, 1000)
+    slow, sizes, _, _ = group_tokens(tokens.bfloat16(), ones, 0 * ones, 0, 1000, (1, 2))
     mean = torch.cat([tokens[:, ::2, :1], tokens[:, 1:2, :1]], dim=1).mean()
     assert sizes[0, 0] == 501 and seen == [torch.float32]
     assert slow.dtype == torch.bfloat16 and abs(slow[0, 0, 0].item() - mean.item()) < 0.01
+
+
+def test_keys_weigh_their_patches_times_the_squared_length_of_a_mean_of_unit_vectors():
+    """To first order in the distances of tokens, where one token is joined to one other."""
+    x = random_tokens(1, 1, 48) + 0.2 * random_tokens(2, 64, 48, seed=1)
+    groups = TokenGroups(x, 0, grid_size=(8, 8))
+    mask = groups.attn_mask(groups.join(x, (3, 4), None))[:, 0, 0]
+    for units, number, weights in zip(F.normalize(x, dim=2), groups.slow_tokens(0).groups, mask.exp()):
+        pairs = (number.bincount() == 2).nonzero().flatten()
+        means = torch.stack([units[number == i].mean(dim=0) for i in pairs])
+        torch.testing.assert_close(weights[pairs], 2 * means.norm(dim=1) ** 2, rtol=1e-3, atol=0)
+        assert len(pairs) >= 3 and weights[pairs].max() < 1.99  # the test can fail
 
 
 @pytest.mark.parametrize('valid', [1, 2, 5, 8, 9])
@@ -106,12 +122,14 @@ def test_padding_leaves_the_groups_of_the_others(valid):
     n = 9
     x, sizes = random_tokens(1, n, 6), torch.ones(1, n)
     sizes[..., valid:] = 0
-    slow, slow_sizes, grouping = group_tokens(x, sizes, 0, n, (1, 2), torch.tensor([[valid]]))
-    alone, alone_sizes, alone_grouping = group_tokens(x[:, :valid], None, 0, valid, (1, 2))
+    slow, slow_sizes, spread, grouping = group_tokens(x, sizes, 0 * sizes, 0, n, (1, 2), torch.tensor([[valid]]))
+    alone, alone_sizes, alone_spread, alone_grouping = group_tokens(
+        x[:, :valid], sizes[:, :valid], 0 * sizes[:, :valid], 0, valid, (1, 2))
     count = alone.shape[1]
     assert torch.equal(grouping.slow_idx[:, :valid], alone_grouping.slow_idx)
     torch.testing.assert_close(slow[:, :count], alone)
-    assert torch.equal(slow_sizes[..., :count], alone_sizes) and not slow_sizes[..., count:].any()
+    assert torch.equal(slow_sizes[:, :count], alone_sizes) and not slow_sizes[:, count:].any()
+    assert torch.equal(spread[:, :count], alone_spread) and not spread[:, count:].any()
     assert (grouping.slow_idx[:, valid:] == slow.shape[1] - 1).all()
 
 

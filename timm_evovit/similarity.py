@@ -1,7 +1,7 @@
 """Grouping by similarity: the method of `evolve`, on the unchanged blocks of a Vision Transformer.
 
 Similar patches share one slow token, their mean. The blocks run on the slow tokens, and every patch receives what they
-have added to its slow token. Pairs are found by bipartite matching and weighted in attention as in ToMe
+have added to its slow token. Pairs are found by bipartite matching and weighted in attention much as in ToMe
 (https://arxiv.org/abs/2210.09461). Unlike there, matching is on the tokens themselves, pairs are chosen by Ward's
 criterion, blocks are not changed, and the patch grid is restored after the last one.
 
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .slow_tokens import SlowTokens
 from .tokens import align_rows, at_least_float32, larger, num_kept, product, take_and_add, take_rope, take_rows
 
-for _name in 'align_rows', 'take_and_add', 'take_rope':
+for _name in 'align_rows', 'at_least_float32', 'take_and_add', 'take_rope':
     torch.fx.wrap(_name)  # FX looks for them where they are called
 
 
@@ -70,8 +70,7 @@ def match_tokens(
 
     Args:
         tokens, others: (B, n, C) and (B, m, C), in float32 at least.
-        sizes, other_sizes: Number of patches that each stands for, (B, n) and (B, m).
-        padded: Those of size 0 are padding, which has an infinite cost.
+        sizes, other_sizes: Patches that each stands for, (B, n) and (B, m). Where `padded`, 0 has an infinite cost.
 
     Returns for each token the cost, (B, n), and the position of its partner.
     """
@@ -99,15 +98,15 @@ class Grouping(NamedTuple):
 
 @torch.fx.wrap
 def group_tokens(
-        x: torch.Tensor, sizes: Optional[torch.Tensor], num_prefix_tokens: int, num_patches: int,
+        x: torch.Tensor, sizes: torch.Tensor, spread: torch.Tensor, num_prefix_tokens: int, num_patches: int,
         keep_ratio: Tuple[int, int], num_valid: Optional[torch.Tensor] = None,
         channel_weight: Optional[torch.Tensor] = None, width: Optional[int] = None,
-) -> Tuple[torch.Tensor, torch.Tensor, Grouping]:
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, Grouping]:
     """Join the pairs of lowest cost, in one round of matching. Of equal pairs the earlier one comes first.
 
     Args:
         x: Tokens (B, N, C).
-        sizes: Number of patches that each token stands for, 0 for padding, (B, N). None for one patch each.
+        sizes, spread: Patches that each token stands for, 0 for padding, and the sum of costs of joining them, (B, N).
         num_patches: Number of patches of the complete sequence.
         keep_ratio: That of groups to patches after this round, numerator and denominator, at least half of that before.
         num_valid: With padding, the number of patches of each image, (B, 1). Each is grouped as it would be without,
@@ -116,19 +115,16 @@ def group_tokens(
         width: That of the grid, if each token is one patch. Otherwise, or if it is not known, the two sides of the
             matching are every second token.
 
-    Returns the prefix and slow tokens (B, M, C), means over patches, their sizes (B, M), and the grouping.
+    Returns the prefix and slow tokens (B, M, C), means over patches, their sizes and spread (B, M), and the grouping.
     """
     B, N, C = x.shape
     P, n = num_prefix_tokens, N - num_prefix_tokens
-    dtype, padded = at_least_float32(x), num_valid is not None
-    if sizes is None:
-        sizes = torch.ones_like(x[:, :, 0], dtype=dtype)
-
+    padded = num_valid is not None
     position, image = torch.arange(N, device=x.device), torch.arange(B, device=x.device).unsqueeze(1)
     place = position[P:] if width is None else P + checkerboard(position[:n], width)
     even, odd = place[::2], place[1::2]  # the two sides of the matching
     first = image * N  # row of the first token of each image
-    placed = (x.detach()[:, P:] if width is None else take_rows(x.detach(), place + first)).to(dtype)
+    placed = (x.detach()[:, P:] if width is None else take_rows(x.detach(), place + first)).to(sizes)
     if channel_weight is not None and channel_weight.shape[0] == C:  # not the weight of a norm inside attention
         placed = placed * channel_weight.detach().to(placed)
     cost, partner = match_tokens(
@@ -170,6 +166,7 @@ def group_tokens(
     member_idx = slow_idx.new_zeros(B, M).scatter(1, slow_idx, position.expand(B, N)).scatter(1, target_idx, other_idx)
 
     slow_sizes = sizes.new_zeros(B, M).scatter_add(1, slow_idx, sizes)
+    spread = sizes.new_zeros(B, M).scatter_add(1, slow_idx, spread.scatter_add(1, token_idx, cost))
     total = slow_sizes.gather(1, target_idx)
     if padded:
         total = total.clamp_min(1)
@@ -178,13 +175,13 @@ def group_tokens(
     shorter = (cost / total).unsqueeze(2)
     changed_rows = torch.cat([token_idx, other_idx], dim=1) + first
     # half precision would lose a part in a large group
-    token, other = take_rows(x, changed_rows).to(dtype).tensor_split(2, dim=1)
+    token, other = take_rows(x, changed_rows).to(sizes).tensor_split(2, dim=1)
     change = torch.addcmul(share * (token - other), shorter, other)
     slow_first = image * M
     target_rows = target_idx + slow_first
     slow = take_and_add(x, member_idx + first, target_rows, change)
     restoration = torch.cat([token - take_rows(slow, target_rows), -change], dim=1)
-    return slow, slow_sizes, Grouping(slow_idx, member_idx, slow_idx + slow_first, changed_rows, restoration)
+    return slow, slow_sizes, spread, Grouping(slow_idx, member_idx, slow_idx + slow_first, changed_rows, restoration)
 
 
 class TokenGroups:
@@ -204,24 +201,24 @@ class TokenGroups:
         self.width = None if grid_size is None else grid_size[1]
         self.groupings: List[Grouping] = []
         self.member_idx: Optional[torch.Tensor] = None  # (B, M) token of the complete sequence of each slow token
-        self.sizes: Any = None  # tensor (B, M), patches of each token
+        self.sizes = torch.ones_like(x[:, :, 0], dtype=at_least_float32(x))  # (B, M) patches of each token
+        self.spread = torch.zeros_like(self.sizes)  # (B, M) how much they differ
         self.keys: Any = None  # tensor (B, heads or 1, M), weight of each token as a key, None without a mask
         self.num_valid: Optional[torch.Tensor] = None  # (B, 1) patches of each image, without padding
         if key_mask is not None:
-            keys = key_mask.to(at_least_float32(x))
+            keys = key_mask.to(self.sizes)
             keys = keys if key_mask.dtype == torch.bool else (keys - keys.amax(3, keepdim=True).nan_to_num()).exp()
             self.keys = keys.squeeze(2).expand(x.shape[0], -1, -1)
             prefix = torch.arange(x.shape[1], device=x.device) < num_prefix_tokens  # they are no padding
-            valid = (self.keys > 0).any(dim=1) | prefix
-            self.sizes = valid.to(keys.dtype)
-            self.num_valid = valid[:, num_prefix_tokens:].sum(dim=1, keepdim=True)
+            self.sizes = ((self.keys > 0).any(dim=1) | prefix).to(keys)
+            self.num_valid = self.sizes[:, num_prefix_tokens:].long().sum(dim=1, keepdim=True)
 
     def join(
             self, x: torch.Tensor, keep_ratio: Tuple[int, int], channel_weight: Optional[torch.Tensor]) -> torch.Tensor:
         """Slow tokens of x (B, M, C), after one round of matching towards this ratio of them to patches."""
-        x, self.sizes, new = group_tokens(
-            x, self.sizes, self.num_prefix_tokens, self.num_patches, keep_ratio, self.num_valid, channel_weight,
-            None if self.groupings else self.width)
+        x, self.sizes, self.spread, new = group_tokens(
+            x, self.sizes, self.spread, self.num_prefix_tokens, self.num_patches, keep_ratio, self.num_valid,
+            channel_weight, None if self.groupings else self.width)
         if self.keys is not None:
             slow_idx = new.slow_idx.unsqueeze(1).expand_as(self.keys)
             self.keys = self.keys.new_zeros(*self.keys.shape[:2], x.shape[1]).scatter_add(2, slow_idx, self.keys)
@@ -238,12 +235,15 @@ class TokenGroups:
     def attn_mask(self, x: torch.Tensor) -> torch.Tensor:
         """Logarithm of the weight of each key, (B, heads or 1, 1, M), in the type of the tokens x (B, M, C).
 
-        It is the number of patches that share the slow token (ToMe section 3, 'proportional attention').
+        It is the number of patches that share the slow token (ToMe section 3, 'proportional attention'), times the
+        squared length that a mean of unit vectors has: norms make it 1 again, and so the key and the value too long.
         """
+        shorter = (self.spread / self.sizes).unsqueeze(1)  # 1 - length, to first order
         if self.keys is None:
-            return align_rows(self.sizes.log().to(x.dtype).view(-1, 1, 1, x.shape[1]))
-        ignored = self.keys == 0  # their gradient would be no number
-        logarithm = self.keys.masked_fill(ignored, 1).log().masked_fill(ignored, -math.inf)
+            logarithm = self.sizes.log().unsqueeze(1).sub(shorter, alpha=2)
+        else:
+            ignored = self.keys == 0  # their gradient would be no number
+            logarithm = self.keys.masked_fill(ignored, 1).log().sub(shorter, alpha=2).masked_fill(ignored, -math.inf)
         return align_rows(logarithm.to(x.dtype).unsqueeze(2))
 
     def slow_tokens(self, block: int) -> SlowTokens:
