@@ -238,12 +238,12 @@ class TokenGroups:
         It is the number of patches that share the slow token (ToMe section 3, 'proportional attention'), times the
         squared length that a mean of unit vectors has: norms make it 1 again, and so the key and the value too long.
         """
-        shorter = (self.spread / self.sizes).unsqueeze(1)  # 1 - length, to first order
+        shorter = 2 * self.spread / self.sizes  # to first order
         if self.keys is None:
-            logarithm = self.sizes.log().unsqueeze(1).sub(shorter, alpha=2)
+            logarithm = (self.sizes.log() - shorter).unsqueeze(1)
         else:
             ignored = self.keys == 0  # their gradient would be no number
-            logarithm = self.keys.masked_fill(ignored, 1).log().sub(shorter, alpha=2).masked_fill(ignored, -math.inf)
+            logarithm = (self.keys.masked_fill(ignored, 1).log() - shorter.unsqueeze(1)).masked_fill(ignored, -math.inf)
         return align_rows(logarithm.to(x.dtype).unsqueeze(2))
 
     def slow_tokens(self, block: int) -> SlowTokens:
