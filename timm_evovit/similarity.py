@@ -1,9 +1,9 @@
 """Grouping by similarity: the method of `evolve`, on the unchanged blocks of a Vision Transformer.
 
 Similar patches share one slow token, their mean. The blocks run on the slow tokens, and every patch receives what they
-have added to its slow token. Pairs are found by bipartite matching and weighted in attention much as in ToMe
+have added to its slow token. Pairs are found by bipartite matching and weighted in attention as in ToMe
 (https://arxiv.org/abs/2210.09461). Unlike there, matching is on the tokens themselves, pairs are chosen by Ward's
-criterion, blocks are not changed, and the patch grid is restored after the last one.
+criterion, groups of patches that differ weigh less, blocks are not changed, and the grid is restored after the last.
 
 A stage starts with rounds of matching (`match_tokens`), each of which joins up to half of the tokens
 (`group_tokens`). `TokenGroups` has the stages that go on. `run_blocks` is the loop over the blocks.
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .slow_tokens import SlowTokens
-from .tokens import align_rows, at_least_float32, larger, num_kept, product, take_and_add, take_rope, take_rows
+from .tokens import align_rows, at_least_float32, larger, num_kept, offsets, product, take_and_add, take_rope, take_rows
 
 for _name in 'align_rows', 'at_least_float32', 'take_and_add', 'take_rope':
     torch.fx.wrap(_name)  # FX looks for them where they are called
@@ -120,11 +120,11 @@ def group_tokens(
     B, N, C = x.shape
     P, n = num_prefix_tokens, N - num_prefix_tokens
     padded = num_valid is not None
-    position, image = torch.arange(N, device=x.device), torch.arange(B, device=x.device).unsqueeze(1)
+    position = torch.arange(N, device=x.device)
     place = position[P:] if width is None else P + checkerboard(position[:n], width)
     even, odd = place[::2], place[1::2]  # the two sides of the matching
-    first = image * N  # row of the first token of each image
-    placed = (x.detach()[:, P:] if width is None else take_rows(x.detach(), place + first)).to(sizes)
+    first = offsets(x)
+    placed = (x.detach()[:, P:] if width is None else take_rows(x.detach(), place + first)).to(sizes.dtype)
     if channel_weight is not None and channel_weight.shape[0] == C:  # not the weight of a norm inside attention
         placed = placed * channel_weight.detach().to(placed)
     cost, partner = match_tokens(
@@ -150,7 +150,7 @@ def group_tokens(
         odd = even  # a single token has no partner, and is joined to none
     # copies: torch.export would guard the sizes of slices
     order, cost = order.index_select(1, rows), cost.index_select(1, rows)
-    token_idx, other_idx = even.take(order), odd.take(partner.gather(1, order))
+    token_idx, other_idx = even[order], odd[partner.gather(1, order)]
     without = position.new_zeros(B, N).scatter(1, token_idx, 1)
     if joins is not None:  # other tokens are joined to themselves
         other_idx, cost = torch.where(joins, other_idx, token_idx), cost.masked_fill(~joins, 0)
@@ -175,9 +175,9 @@ def group_tokens(
     shorter = (cost / total).unsqueeze(2)
     changed_rows = torch.cat([token_idx, other_idx], dim=1) + first
     # half precision would lose a part in a large group
-    token, other = take_rows(x, changed_rows).to(sizes).tensor_split(2, dim=1)
+    token, other = take_rows(x, changed_rows).to(sizes.dtype).tensor_split(2, dim=1)
     change = torch.addcmul(share * (token - other), shorter, other)
-    slow_first = image * M
+    slow_first = offsets(member_idx)
     target_rows = target_idx + slow_first
     slow = take_and_add(x, member_idx + first, target_rows, change)
     restoration = torch.cat([token - take_rows(slow, target_rows), -change], dim=1)
@@ -206,11 +206,11 @@ class TokenGroups:
         self.keys: Any = None  # tensor (B, heads or 1, M), weight of each token as a key, None without a mask
         self.num_valid: Optional[torch.Tensor] = None  # (B, 1) patches of each image, without padding
         if key_mask is not None:
-            keys = key_mask.to(self.sizes)
+            keys = key_mask.to(self.sizes.dtype)
             keys = keys if key_mask.dtype == torch.bool else (keys - keys.amax(3, keepdim=True).nan_to_num()).exp()
             self.keys = keys.squeeze(2).expand(x.shape[0], -1, -1)
             prefix = torch.arange(x.shape[1], device=x.device) < num_prefix_tokens  # they are no padding
-            self.sizes = ((self.keys > 0).any(dim=1) | prefix).to(keys)
+            self.sizes = ((self.keys > 0).any(dim=1) | prefix).to(keys.dtype)
             self.num_valid = self.sizes[:, num_prefix_tokens:].long().sum(dim=1, keepdim=True)
 
     def join(
