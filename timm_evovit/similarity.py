@@ -30,7 +30,7 @@ for _name in 'align_rows', 'at_least_float32', 'take_and_add', 'take_rope':
 def falling_ratios(keep_ratio: float, starts: Sequence[int]) -> Tuple[float, ...]:
     """Keep ratios to three decimals, with `keep_ratio` as geometric mean, and logarithms proportional to depth ** 1.2.
 
-    A lower power below a keep ratio of 0.5 was better without training and worse after it (docs/accuracy.md).
+    A lower power below a keep ratio of 0.5 was better without training and worse after it.
     """
     depths = [(start + 1) ** 1.2 for start in starts]
     return tuple(max(round(float(keep_ratio) ** (len(depths) * depth / sum(depths)), 3), 0.001) for depth in depths)
